@@ -1,0 +1,112 @@
+"""From the command line to a validated configuration object; from an error to one readable message."""
+
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.errors import ConfigError, LongrunError
+from conf.registry import OPTIONS
+
+C = TypeVar("C")
+
+
+def run(config_name: str, schema: type[C], main: Callable[[C, dict[str, Any]], int]) -> None:
+    """Run an entry point: compose `conf/<config_name>.yaml`, check it, call `main(config, resolved)`.
+
+    Args:
+        config_name: primary configuration, a YAML file in this folder.
+        schema: its dataclass; `schema.problems()`, where it exists, lists what is wrong before anything starts.
+        main: given the typed configuration and its plain, resolved form; returns the exit code.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # composition errors reach `explain` below
+    ConfigStore.instance().store(group="hydra/help", name="longrun", node={"app_name": config_name, "template": _help(schema)})
+
+    @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)
+    def task(node: DictConfig) -> None:
+        code = main(typed(node, schema), OmegaConf.to_container(node, resolve=True))  # type: ignore[arg-type]
+        if code:
+            raise SystemExit(code)
+
+    try:
+        task()
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":  # every rank found the same
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except LongrunError as error:
+        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{rank}error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {explain(error, schema)}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def typed(node: DictConfig, schema: type[C]) -> C:
+    """The composed configuration as an instance of its dataclass, checked.
+
+    Raises:
+        ConfigError: lists every problem.
+    """
+    config = OmegaConf.to_object(node)
+    assert isinstance(config, schema), f"the primary configuration does not use the schema {schema.__name__}"
+    if problems := getattr(config, "problems", list)():
+        raise ConfigError(problems)
+    return config
+
+
+def explain(error: Exception, schema: type) -> str:
+    """Hydra's message, with the nearest existing keys where one was misspelt."""
+    messages = []
+    cause: BaseException | None = error
+    while cause is not None:
+        if str(cause) not in messages:
+            messages.append(str(cause))
+        cause = cause.__cause__
+    text = "\n".join(messages)
+    if match := re.search(r"Key '(\w+)' (?:is )?not in '(\w+)'", text):
+        key, owner = match.groups()
+        fields = next((_fields(c) for c in [schema, *OPTIONS.values()] if c.__name__ == owner), [])
+        near = difflib.get_close_matches(key, fields, n=3, cutoff=0.5)
+        text += f"\nDid you mean {' or '.join(near)}?" if near else f"\nKeys there: {', '.join(fields)}."
+    return text
+
+
+def _fields(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _documented(cls: type, indent: str) -> str:
+    """One line per field: its name, type, default and meaning."""
+    doc = inspect.getdoc(cls) or ""
+    section = re.search(r"^Args:\n((?:[ ]+.*\n?)+)", doc, re.MULTILINE)
+    meanings = {}
+    for entry in re.findall(r"^    (\w+): ((?:.*\n?)(?:^ {8,}.*\n?)*)", section[1] if section else "", re.MULTILINE):
+        meanings[entry[0]] = " ".join(entry[1].split())
+    lines = []
+    for field in dataclasses.fields(cls):
+        default = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
+        kind = getattr(field.type, "__name__", str(field.type))
+        lines.append(f"{indent}{field.name}: {kind}{default}\n{indent}    {meanings.get(field.name, '')}")
+    return "\n".join(lines)
+
+
+def _help(schema: type) -> str:
+    parts = ["${hydra.help.header}", f"{inspect.getdoc(schema)}", "", "== Configuration groups ==", "$APP_CONFIG_GROUPS"]
+    for (group, name), cls in sorted(OPTIONS.items()):
+        if group:
+            summary = (inspect.getdoc(cls) or "").split("\n")[0]
+            parts += [f"-- {group}={name}: {summary}", _documented(cls, "  ")]
+    parts += ["", "Show the whole composed configuration: --cfg job", "${hydra.help.footer}"]
+    return "\n".join(parts).replace("${hydra.help.header}\n", "").replace("\n${hydra.help.footer}", "")

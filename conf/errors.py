@@ -1,0 +1,37 @@
+"""What a user reads when something is wrong: one message, no traceback."""
+
+from dataclasses import dataclass
+
+
+class LongrunError(Exception):
+    """A problem the user can mend. The message names what was found, what was expected and how to fix it.
+
+    Entry points print the message alone and exit with status 1. Anything else is a bug and keeps its traceback.
+    """
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a configuration.
+
+    Args:
+        key: the configuration key, as typed on the command line (`parallel.dp_shard`).
+        found: its value.
+        fix: what was expected and values that would work.
+    """
+
+    key: str
+    found: object
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.found}: {self.fix}"
+
+
+class ConfigError(LongrunError):
+    """Every problem of a configuration at once."""
+
+    def __init__(self, problems: list[Problem]):
+        self.problems = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{count} in the configuration; nothing was started.\n" + "\n".join(f"  - {p}" for p in problems))

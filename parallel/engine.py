@@ -1,0 +1,95 @@
+"""The engine contract: whoever owns the parallel model and its optimizer looks like this to the trainer.
+
+Shape suffixes: B sequences, L tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What an objective says of one micro-batch: sums, never means. The engine divides, once, by the weight summed
+    over the micro-batches and data-parallel ranks of the whole step.
+
+    Args:
+        total: sum of the losses, fp32 scalar with a gradient.
+        weight: how many terms were summed (labels, pairs).
+        metrics: further sums over the same terms.
+    """
+
+    total: Tensor
+    weight: Tensor | int
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model answers.
+
+    Args:
+        logprobs_BL: fp32 log-probability of each label, in nats; 0 where the label is ignored.
+    """
+
+    logprobs_BL: Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Figures of one step over all ranks, as device scalars: read them a step late, so that nobody waits.
+
+    Args:
+        loss: the objective's mean over all terms of the step.
+        weight: the number of terms.
+        grad_norm: global gradient norm before clipping; nan for an evaluation.
+        skipped: 1 where the update was left out because loss or norm was not finite.
+        metrics: the objective's other means.
+    """
+
+    loss: Tensor
+    weight: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """Owns the model and the optimizer; every rank calls every method together."""
+
+    device: torch.device
+
+    def train_step(self, micro_batches: Sequence[Any], objective: Any, learning_rate_factor: float) -> StepResult:
+        """Forward, backward, clip, update. All ranks update or all skip.
+
+        Args:
+            micro_batches: this data-parallel rank's share of the global batch.
+            objective: anything with `causal: bool` and `loss(outputs, micro_batch) -> LossTerms`.
+            learning_rate_factor: the schedule's value, multiplied into each parameter group's base rate.
+        """
+        ...
+
+    def evaluate(self, micro_batches: Sequence[Any], objective: Any, ema: bool = False) -> StepResult:
+        """The objective's means over the given micro-batches of all ranks, without gradients or dropout."""
+        ...
+
+    def logprobs(self, micro_batch: Any) -> Tensor:
+        """logprobs_BL of this rank's micro-batch, without gradients or dropout."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Model, optimizer and EMA tensors (DTensors where sharded) under layout-free names: `model.<parameter>`,
+        `optimizer.<parameter>.<moment>`, `ema.<parameter>`, with Hugging Face parameter names. The tensors are the
+        live ones: a checkpoint reads them, or is loaded into them in place, followed by `loaded()`."""
+        ...
+
+    def loaded(self) -> None:
+        """To be called after tensors of `state()` were overwritten in place."""
+        ...
+
+    def weights(self, ema: bool = False) -> dict[str, Tensor]:
+        """Full fp32 weights on the CPU of rank 0, by parameter name; empty on the other ranks."""
+        ...

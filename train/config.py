@@ -1,0 +1,84 @@
+"""The configuration of `python -m train`: one typed tree, checked before anything starts."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+import data_pipeline
+import parallel.engines
+import train.evaluate
+import train.metrics
+import train.models
+import train.objectives
+import train.optim
+import train.stages
+from conf.errors import Problem
+from conf.registry import discover, register
+from parallel.layout import Layout
+
+register("parallel", "layout")(Layout)
+for package in (
+    data_pipeline,
+    parallel.engines,
+    train.models,
+    train.objectives,
+    train.optim,
+    train.stages,
+    train.evaluate,
+    train.metrics,
+):
+    discover(package)
+
+
+@register("", "run_schema")
+@dataclass(frozen=True)
+class RunConfig:
+    """One stage of a model's life, from its inputs to an artifact.
+
+    Args:
+        stage: what is run: pretrain, sft, dpo, evaluate, export, verify.
+        model: the architecture of a model that starts from random weights.
+        data: what it is trained or evaluated on.
+        parallel: the layout; see the group `parallel`.
+        engine: who owns the parallel model.
+        optim: the optimizer.
+        schedule: learning-rate factor over the run.
+        objective: the loss.
+        eval: what is measured, and the gate.
+        export: the format that is handed on.
+        logger: where metrics go; several at once.
+        init_from: Hugging Face directory, or artifact holding one, to start from; empty for random weights.
+        seed: of initialisation, data order, dropout and sampling.
+        name: the run's name.
+        run_dir: the directory that becomes the artifact.
+        resume: "auto" goes on from the newest checkpoint in run_dir that verifies; "never" refuses a directory that
+            holds any.
+    """
+
+    stage: Any = MISSING
+    model: Any = MISSING
+    data: Any = MISSING
+    parallel: Layout = field(default_factory=Layout)
+    engine: Any = MISSING
+    optim: Any = MISSING
+    schedule: Any = MISSING
+    objective: Any = MISSING
+    eval: Any = None
+    export: Any = None
+    logger: dict[str, Any] = field(default_factory=dict)
+    init_from: str = ""
+    seed: int = 0
+    name: str = "${stage.kind}"
+    run_dir: str = "runs/${name}"
+    resume: str = "auto"
+
+    def problems(self) -> list[Problem]:
+        """Everything wrong with the configuration, found without a process group."""
+        found = [] if self.resume in ("auto", "never") else [Problem("resume", self.resume, "one of auto, never")]
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        for part in (self.stage, self.model, self.data, self.engine, self.optim, self.schedule, self.objective):
+            if hasattr(part, "problems"):
+                found += part.problems(self, world_size)
+        return found

@@ -1,0 +1,36 @@
+"""What every objective shares: it turns log-probabilities into a sum and a weight."""
+
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+from data_pipeline.batch import IGNORED, MicroBatch, PreferenceBatch, Samples
+from parallel.engine import Engine, LossTerms, Outputs
+
+__all__ = ["IGNORED", "Engine", "LossTerms", "MicroBatch", "Objective", "Outputs", "PreferenceBatch", "Samples"]
+
+Batch = TypeVar("Batch", bound=MicroBatch)
+
+
+class Objective:
+    """A loss, and what must be done to a micro-batch before it can be computed.
+
+    Subclasses are frozen dataclasses registered with `@register("objective", name)`; an objective never knows that it
+    is distributed.
+    """
+
+    causal: ClassVar[bool] = True
+    """Whether positions attend only to earlier ones."""
+
+    def setup(self, engine: Engine, samples: Samples, directory: Path) -> Samples:
+        """Called once with the initial weights, before the first step, by all ranks; what is stored in `directory`
+        is found again after a restart. Returns the samples to train on."""
+        return samples
+
+    def prepare(self, micro_batch: Batch, seed: int) -> Batch:
+        """The micro-batch as the model shall see it (masked, rearranged). Randomness is keyed by
+        (seed, micro_batch.samples_B), never by rank."""
+        return micro_batch
+
+    def loss(self, outputs: Outputs, micro_batch: MicroBatch) -> LossTerms:
+        """Sum of the losses of one micro-batch and the number of terms."""
+        raise NotImplementedError

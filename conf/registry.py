@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TypeVar
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 T = TypeVar("T", bound=type)
 
@@ -31,12 +31,20 @@ def register(group: str, name: str, package: str | None = None) -> Callable[[T],
 
     def decorate(cls: T) -> T:
         node = OmegaConf.structured(cls)
-        OmegaConf.set_readonly(node, None)  # instances are frozen; the configuration they are composed from is not
+        _thaw(node)
         ConfigStore.instance().store(group=group or None, name=name, node=node, package=package)
         OPTIONS[group, name] = cls
         return cls
 
     return decorate
+
+
+def _thaw(node: DictConfig) -> None:
+    """Instances are frozen, but the configuration they are composed from is not."""
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        if isinstance(child := node._get_node(key), DictConfig) and not child._is_none():
+            _thaw(child)
 
 
 def discover(package: ModuleType) -> None:

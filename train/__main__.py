@@ -1,0 +1,14 @@
+"""`python -m train stage=...`: run one stage of a model's life."""
+
+from typing import Any
+
+from conf import entry
+from train.config import RunConfig
+
+
+def main(config: RunConfig, resolved: dict[str, Any]) -> int:
+    return config.stage.run(config, resolved)
+
+
+if __name__ == "__main__":
+    entry.run("train", RunConfig, main)

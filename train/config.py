@@ -55,6 +55,7 @@ class RunConfig:
         run_dir: the directory that becomes the artifact.
         resume: "auto" goes on from the newest checkpoint in run_dir that verifies; "never" refuses a directory that
             holds any.
+        dry_run: check everything, say what would run, and start nothing.
     """
 
     stage: Any = MISSING
@@ -73,11 +74,13 @@ class RunConfig:
     name: str = "${stage.kind}"
     run_dir: str = "runs/${name}"
     resume: str = "auto"
+    dry_run: bool = False
 
     def problems(self) -> list[Problem]:
         """Everything wrong with the configuration, found without a process group."""
         found = [] if self.resume in ("auto", "never") else [Problem("resume", self.resume, "one of auto, never")]
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        # A dry run judges the layout by itself: the machine it is meant for is elsewhere.
+        world_size = self.parallel.world_size if self.dry_run else int(os.environ.get("WORLD_SIZE", "1"))
         for part in (self.stage, self.model, self.data, self.engine, self.optim, self.schedule, self.objective):
             if hasattr(part, "problems"):
                 found += part.problems(self, world_size)

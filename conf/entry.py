@@ -87,26 +87,32 @@ def _fields(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
-def _documented(cls: type, indent: str) -> str:
-    """One line per field: its name, type, default and meaning."""
-    doc = inspect.getdoc(cls) or ""
-    section = re.search(r"^Args:\n((?:[ ]+.*\n?)+)", doc, re.MULTILINE)
-    meanings = {}
-    for entry in re.findall(r"^    (\w+): ((?:.*\n?)(?:^ {8,}.*\n?)*)", section[1] if section else "", re.MULTILINE):
-        meanings[entry[0]] = " ".join(entry[1].split())
+def meanings(cls: type) -> dict[str, str]:
+    """Field -> what its class's `Args:` section says of it, inherited classes included."""
+    found: dict[str, str] = {}
+    for owner in reversed(cls.__mro__):
+        section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)+)", inspect.cleandoc(owner.__doc__ or ""), re.MULTILINE)
+        for name, text in re.findall(r"^ {4}(\w+): ((?:.*\n?)(?:^ {8,}.*\n?)*)", section[1] if section else "", re.MULTILINE):
+            found[name] = " ".join(text.split())
+    return found
+
+
+def _documented(cls: type) -> str:
+    """Two lines per field: its name, type and default; its meaning."""
+    meaning = meanings(cls)
     lines = []
     for field in dataclasses.fields(cls):
         default = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
         kind = getattr(field.type, "__name__", str(field.type))
-        lines.append(f"{indent}{field.name}: {kind}{default}\n{indent}    {meanings.get(field.name, '')}")
+        lines.append(f"  {field.name}: {kind}{default}\n      {meaning.get(field.name, '')}")
     return "\n".join(lines)
 
 
 def _help(schema: type) -> str:
-    parts = ["${hydra.help.header}", f"{inspect.getdoc(schema)}", "", "== Configuration groups ==", "$APP_CONFIG_GROUPS"]
+    """The help page of an entry point whose root is `schema`."""
+    parts = [str(inspect.getdoc(schema)), "", "== Configuration groups ==", "$APP_CONFIG_GROUPS"]
     for (group, name), cls in sorted(OPTIONS.items()):
         if group:
             summary = (inspect.getdoc(cls) or "").split("\n")[0]
-            parts += [f"-- {group}={name}: {summary}", _documented(cls, "  ")]
-    parts += ["", "Show the whole composed configuration: --cfg job", "${hydra.help.footer}"]
-    return "\n".join(parts).replace("${hydra.help.header}\n", "").replace("\n${hydra.help.footer}", "")
+            parts += [f"-- {group}={name}: {summary}", _documented(cls)]
+    return "\n".join([*parts, "", "Show the composed configuration: --cfg job"])

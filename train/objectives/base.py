@@ -1,12 +1,15 @@
 """What every objective shares: it turns log-probabilities into a sum and a weight."""
 
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from data_pipeline.batch import IGNORED, MicroBatch, PreferenceBatch, Samples
 from parallel.engine import Engine, LossTerms, Outputs
 
 __all__ = ["IGNORED", "Engine", "LossTerms", "MicroBatch", "Objective", "Outputs", "PreferenceBatch", "Samples"]
+
+if TYPE_CHECKING:
+    from data_pipeline.tokenizer import Tokenizer
 
 Batch = TypeVar("Batch", bound=MicroBatch)
 
@@ -26,7 +29,7 @@ class Objective:
         is found again after a restart. Returns the samples to train on."""
         return samples
 
-    def prepare(self, micro_batch: Batch, seed: int) -> Batch:
+    def prepare(self, micro_batch: Batch, seed: int, tokenizer: "Tokenizer") -> Batch:
         """The micro-batch as the model shall see it (masked, rearranged). Randomness is keyed by
         (seed, micro_batch.samples_B), never by rank."""
         return micro_batch

@@ -1,0 +1,218 @@
+"""Processes: who this one is, and the group it belongs to.
+
+A process learns its rank from torchrun (RANK, WORLD_SIZE, ...) or srun (SLURM_*), or is alone. Ranks on CUDA talk
+through NCCL (and through gloo for tensors on the CPU), others through gloo.
+"""
+
+import os
+import re
+import socket
+import subprocess
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from conf.errors import LongrunError
+
+_started: "World | None" = None
+_incarnation = 0
+
+
+class DistributedError(LongrunError):
+    """The processes of a run could not find each other."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the processes of the run.
+
+    Args:
+        rank: number of this process, from 0.
+        size: number of processes.
+        local_rank: number of this process on its machine.
+        local_size: number of processes on this machine.
+        device: where this process computes.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the launcher said, before anything is started.
+
+    Args:
+        rank, size, local_rank, local_size: as in World.
+        address: host of the rendezvous: rank 0's.
+        port: its port.
+        launcher: who said it: "alone", "torchrun" or "srun".
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
+    launcher: str = "alone"
+
+
+def place() -> Place:
+    """Read this process's place in the run from the environment.
+
+    Raises:
+        DistributedError: RANK is set but WORLD_SIZE, or the like, is not.
+    """
+    env = os.environ
+    if "RANK" in env:
+        try:
+            return Place(
+                rank=int(env["RANK"]),
+                size=int(env["WORLD_SIZE"]),
+                local_rank=int(env.get("LOCAL_RANK", env["RANK"])),
+                local_size=int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])),
+                address=env.get("MASTER_ADDR", "127.0.0.1"),
+                port=int(env.get("MASTER_PORT", "29500")),
+                launcher="torchrun",
+            )
+        except (KeyError, ValueError) as error:
+            raise DistributedError(
+                f"RANK={env['RANK']} is set, but {error} is missing or no number: start the run with torchrun or srun, "
+                "or unset RANK to run alone."
+            ) from error
+    # Only srun sets the STEP variables: in the batch script itself, which is one process, they are absent.
+    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
+        size = int(env["SLURM_STEP_NUM_TASKS"])
+        return Place(
+            rank=int(env["SLURM_PROCID"]),
+            size=size,
+            local_rank=int(env.get("SLURM_LOCALID", "0")),
+            local_size=_tasks_on(env.get("SLURM_STEP_TASKS_PER_NODE", str(size)), int(env.get("SLURM_NODEID", "0"))),
+            address=env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")),
+            port=int(
+                env.get("MASTER_PORT") or 20000 + (int(env["SLURM_JOB_ID"]) * 64 + int(env["SLURM_STEP_ID"])) % 20000
+            ),
+            launcher="srun",
+        )
+    return Place()
+
+
+def _tasks_on(per_node: str, node: int) -> int:
+    """Slurm writes tasks per node as "4(x2),3": 4 on the first two nodes, 3 on the next."""
+    counts: list[int] = []
+    for tasks, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node):
+        counts += [int(tasks)] * int(repeated or 1)
+    return counts[node] if node < len(counts) else counts[-1]
+
+
+def _first_host(nodes: str) -> str:
+    """First of a Slurm node list such as "gpu[03-05,9],login1"."""
+    if "[" not in nodes.split(",")[0]:
+        return nodes.split(",")[0]
+    shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return shown.stdout.split()[0]
+
+
+def start(rendezvous_s: float = 300, collective_s: float = 600) -> World:
+    """Join the run: choose the device, set the threads, make the process group. Calling it again changes nothing.
+
+    Args:
+        rendezvous_s: seconds to wait for the other processes.
+        collective_s: seconds after which a collective that not all ranks reach ends the run.
+
+    Raises:
+        DistributedError: the port is taken, or processes are missing; names them.
+    """
+    global _started, _incarnation
+    if _started is not None:
+        return _started
+    here = place()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", here.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
+    _incarnation += 1
+    store = dist.PrefixStore(_prefix(), _rendezvous(here, rendezvous_s))
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=store,
+        rank=here.rank,
+        world_size=here.size,
+        timeout=timedelta(seconds=collective_s),
+        device_id=device if cuda else None,
+    )
+    _started = World(here.rank, here.size, here.local_rank, here.local_size, device)
+    if here.rank == 0:
+        processes = (
+            "1 process" if here.size == 1 else f"{here.size} processes ({here.launcher}, {here.local_size} here)"
+        )
+        backend = "nccl" if cuda else "gloo"
+        print(f"{processes} on {device.type}, {torch.get_num_threads()} threads each, {backend}", flush=True)
+    return _started
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    global _started
+    if _started is not None:
+        dist.destroy_process_group()
+        _started = None
+
+
+_store: dist.Store | None = None
+
+
+def _prefix() -> str:
+    """Keys of an earlier group of this process, or of an earlier attempt under the same torchrun, must not be met."""
+    return f"longrun/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_incarnation}"
+
+
+def _rendezvous(here: Place, timeout_s: float) -> dist.Store:
+    """A store that all ranks reach, once all have said that they are here."""
+    global _store
+    if here.size == 1:
+        return dist.HashStore()
+    if _store is None:  # kept while the process lives: a port cannot be bound again at once
+        _store = _connect(here, timeout_s)
+    name = f"{_prefix()}/here/{{}}"
+    _store.set(name.format(here.rank), socket.gethostname())
+    try:
+        _store.wait([name.format(rank) for rank in range(here.size)], timedelta(seconds=timeout_s))
+    except dist.DistError as error:
+        missing = [rank for rank in range(here.size) if not _store.check([name.format(rank)])]
+        raise DistributedError(
+            f"rank {', '.join(map(str, missing))} of {here.size} did not come within {timeout_s:g} s (rank {here.rank} "
+            f"waits at {here.address}:{here.port}). Look at the output of that rank, and whether every machine was "
+            "started with the same number of processes."
+        ) from error
+    return _store
+
+
+def _connect(here: Place, timeout_s: float) -> dist.TCPStore:
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent holds the store already
+    where = f"{here.address}:{here.port}"
+    try:
+        return dist.TCPStore(
+            here.address,
+            here.port,
+            is_master=here.rank == 0 and not served,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise DistributedError(
+                f"port {where} is in use by another program; set MASTER_PORT to a free one."
+            ) from error
+        raise DistributedError(
+            f"rank {here.rank} of {here.size} cannot reach rank 0 at {where} ({error}). Is rank 0 running, and does "
+            "MASTER_ADDR name its machine?"
+        ) from error

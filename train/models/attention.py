@@ -1,0 +1,170 @@
+"""Attention in which documents never see each other (scaled dot products: Vaswani et al. 2017, arXiv:1706.03762;
+grouped queries: Ainslie et al. 2023, arXiv:2305.13245).
+
+What a query may see is decided once per forward pass by `visibility`; every layer then calls `attention`.
+
+Shape suffixes: B sequences, L tokens (queries), S keys, H query heads, K key/value heads, D features of a head.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conf.errors import LongrunError
+
+BACKENDS = ("auto", "sdpa", "flex", "flash")
+
+
+class AttentionError(LongrunError):
+    """The attention kernel that was asked for cannot run here."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Runs of tokens of one document in the flattened batch, for kernels that take variable lengths.
+
+    Args:
+        offsets: first token of each run, and the number of tokens at the end, int32.
+        longest: tokens in the longest run.
+    """
+
+    offsets: Tensor
+    longest: int
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which keys a query sees: those of its own document and, where `causal`, none that come later.
+
+    Args:
+        causal: whether the kernel itself must hide later keys; what `restriction` hides comes on top.
+        restriction: None where nothing else is hidden, a boolean mask_B1LS, FlexAttention's BlockMask, or Segments.
+    """
+
+    causal: bool
+    restriction: Any = None
+
+
+def visibility(
+    documents_BL: Tensor, *, causal: bool, backend: str = "auto", key_documents_BS: Tensor | None = None
+) -> Visibility:
+    """Choose the cheapest way to say what each token sees that is right for these documents.
+
+    Padding (document -1) sees padding only, so that no row is empty and nothing becomes NaN.
+
+    Args:
+        documents_BL: document number of each query.
+        causal: hide later tokens.
+        backend: "sdpa", "flex", "flash", or "auto": SDPA on CPU, where looking at the documents costs nothing, and
+            FlexAttention elsewhere, whose mask is made on the device without the host waiting for it.
+        key_documents_BS: document of each key where keys are more than queries (a cache); queries are the last ones.
+
+    Raises:
+        AttentionError: flash-attn was asked for and is not installed, or there is no GPU for it.
+    """
+    if key_documents_BS is not None:
+        return _cached_visibility(documents_BL, key_documents_BS, causal)
+    if backend == "auto":
+        backend = "sdpa" if documents_BL.device.type == "cpu" else "flex"
+    if backend == "flex":
+        return Visibility(causal, _block_mask(documents_BL, causal))
+    if backend == "flash":
+        _flash()
+        return Visibility(causal, _segments(documents_BL))
+    if causal:
+        # Each token continues the document before it, or is padding: the triangle hides all that must be hidden from
+        # the real ones, and the padding's own rows are never read.
+        before_BL, after_BL = documents_BL[:, :-1], documents_BL[:, 1:]
+        if bool(((before_BL == after_BL) | (after_BL < 0)).all()):
+            return Visibility(causal=True)
+    elif bool((documents_BL == documents_BL[:, :1]).all()):
+        return Visibility(causal=False)
+    mask_BLL = documents_BL[:, :, None] == documents_BL[:, None, :]
+    return Visibility(causal=False, restriction=(mask_BLL.tril() if causal else mask_BLL)[:, None])
+
+
+def _cached_visibility(documents_BL: Tensor, key_documents_BS: Tensor, causal: bool) -> Visibility:
+    queries, keys = documents_BL.shape[1], key_documents_BS.shape[1]
+    mask_BLS = documents_BL[:, :, None] == key_documents_BS[:, None, :]
+    if causal:
+        mask_BLS = mask_BLS.tril(keys - queries)
+    return Visibility(causal=False, restriction=mask_BLS[:, None])
+
+
+def attention(q_BLHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, visible: Visibility) -> Tensor:
+    """out_BLHD: each head's values, averaged by softmax(q k / sqrt(D)) over the visible keys."""
+    restriction = visible.restriction
+    if isinstance(restriction, Segments):
+        return _varlen(q_BLHD, k_BSKD, v_BSKD, restriction, visible.causal)
+    q_BHLD, k_BKSD, v_BKSD = q_BLHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2)
+    if restriction is None or isinstance(restriction, Tensor):
+        out_BHLD = F.scaled_dot_product_attention(
+            q_BHLD, k_BKSD, v_BKSD, attn_mask=restriction, is_causal=visible.causal, enable_gqa=True
+        )
+    else:
+        kernel = _flex_compiled() if q_BLHD.is_cuda else _flex_eager()
+        out_BHLD = kernel(q_BHLD, k_BKSD, v_BKSD, block_mask=restriction, enable_gqa=True)
+    return out_BHLD.transpose(1, 2)
+
+
+def _block_mask(documents_BL: Tensor, causal: bool) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        same = documents_BL[b, q] == documents_BL[b, k]
+        return same & (q >= k) if causal else same
+
+    batch, length = documents_BL.shape
+    return create_block_mask(visible, batch, None, length, length, device=documents_BL.device)
+
+
+def _flex_eager() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention
+
+
+@functools.cache
+def _flex_compiled() -> Callable[..., Any]:
+    return torch.compile(_flex_eager(), dynamic=False)
+
+
+def _flash() -> Callable[..., Tensor]:
+    if not torch.cuda.is_available():
+        raise AttentionError("model.attention=flash needs a CUDA device and there is none; use model.attention=auto.")
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError as error:
+        raise AttentionError(
+            f"model.attention=flash needs the package flash-attn, which does not import here ({error}); "
+            "install it with pip install 'longrun[gpu]', or use model.attention=auto."
+        ) from error
+    return flash_attn_varlen_func
+
+
+def _segments(documents_BL: Tensor) -> Segments:
+    """Cut the flattened batch wherever the document or the sequence changes (the host waits for the count)."""
+    starts_BL = torch.ones_like(documents_BL, dtype=torch.bool)
+    starts_BL[:, 1:] = documents_BL[:, 1:] != documents_BL[:, :-1]
+    starts = starts_BL.flatten().nonzero().flatten()
+    offsets = torch.cat([starts, starts.new_tensor([documents_BL.numel()])])
+    return Segments(offsets.int(), int(offsets.diff().max()))
+
+
+def _varlen(q_BLHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, segments: Segments, causal: bool) -> Tensor:
+    out = _flash()(
+        q_BLHD.flatten(0, 1),
+        k_BSKD.flatten(0, 1),
+        v_BSKD.flatten(0, 1),
+        cu_seqlens_q=segments.offsets,
+        cu_seqlens_k=segments.offsets,
+        max_seqlen_q=segments.longest,
+        max_seqlen_k=segments.longest,
+        causal=causal,
+    )
+    return out.view_as(q_BLHD)

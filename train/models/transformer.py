@@ -1,0 +1,308 @@
+"""The Llama family of decoders for one device (Touvron et al. 2023, arXiv:2302.13971; Qwen2: arXiv:2407.10671; Qwen3:
+arXiv:2505.09388): pre-normalised blocks of grouped-query attention with rotary positions and a SwiGLU feed-forward.
+
+Modules are named so that parameters have their Hugging Face names. Nothing here knows of ranks or meshes.
+
+Shape suffixes: B sequences, L tokens, N model width, F feed-forward width, H query heads, K key/value heads,
+D features of a head, V vocabulary.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from conf.errors import Problem
+from conf.registry import register
+from train.models.attention import BACKENDS, Visibility, attention, visibility
+from train.models.cache import Cache, LayerCache
+from train.models.dropout import dropout, keys_of_layers
+from train.models.logprobs import logprobs
+from train.models.rope import SCALINGS, Rope, rotate
+
+if TYPE_CHECKING:
+    from train.config import RunConfig
+
+
+@register("model", "decoder")
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a Llama-family decoder. The vocabulary is the tokenizer's.
+
+    Args:
+        layers: number of blocks.
+        hidden: width of the residual stream, in features.
+        intermediate: width of the feed-forward, in features.
+        heads: query heads.
+        kv_heads: key/value heads; divides `heads`.
+        head_dim: features of one head; even.
+        rope: rotary position embedding.
+        norm_eps: added to the mean square before the root in RMSNorm.
+        tied: use the embedding as the output head.
+        qkv_bias: query, key and value projections have a bias (Qwen2).
+        output_bias: the attention's output projection has a bias.
+        mlp_bias: the feed-forward's projections have a bias.
+        qk_norm: normalise each query and key head before the rotation (Qwen3).
+        dropout: share of features dropped from the embedding and from each block's two outputs while training.
+        max_positions: longest context the model is meant for, in tokens; written for those who serve it.
+        attention: kernel: "auto", "sdpa", "flex" or "flash" (needs the package flash-attn).
+    """
+
+    layers: int = 4
+    hidden: int = 128
+    intermediate: int = 384
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    rope: Rope = field(default_factory=Rope)
+    norm_eps: float = 1e-5
+    tied: bool = True
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    dropout: float = 0.0
+    max_positions: int = 2048
+    attention: str = "auto"
+
+    def problems(self, config: "RunConfig", world_size: int) -> list[Problem]:
+        """Everything that keeps this shape from being built."""
+        found = []
+        for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "max_positions"):
+            if getattr(self, name) < 1:
+                found.append(Problem(f"model.{name}", getattr(self, name), "must be at least 1"))
+        if self.kv_heads > 0 and self.heads % self.kv_heads:
+            divisors = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
+            found.append(Problem("model.kv_heads", self.kv_heads, f"must divide heads={self.heads}: one of {divisors}"))
+        if self.head_dim % 2:
+            found.append(Problem("model.head_dim", self.head_dim, "must be even: rotary embedding turns pairs"))
+        if not 0 <= self.dropout < 1:
+            found.append(Problem("model.dropout", self.dropout, "must be in [0, 1)"))
+        if self.norm_eps <= 0:
+            found.append(Problem("model.norm_eps", self.norm_eps, "must be above 0, for instance 1e-5"))
+        if self.attention not in BACKENDS:
+            found.append(Problem("model.attention", self.attention, f"one of {', '.join(BACKENDS)}"))
+        if self.rope.scaling not in SCALINGS:
+            found.append(Problem("model.rope.scaling", self.rope.scaling, f"one of {', '.join(SCALINGS)}"))
+        return found
+
+    def build(self, vocabulary: int) -> "Decoder":
+        """The model, uninitialised: call `initialise`, or load weights. May be called under torch.device("meta")."""
+        return Decoder(self, vocabulary)
+
+    def parameter_count(self, vocabulary: int) -> int:
+        """All parameters, shared ones counted once."""
+        with torch.device("meta"):
+            return sum(p.numel() for p in self.build(vocabulary).parameters())
+
+    def flops_per_token(self, sequence_length: int, vocabulary: int) -> float:
+        """Floating-point operations of forward and backward per token, for MFU: 6 per weight of a matrix product (the
+        head is one, the embedding look-up is none), and 6 x sequence_length x attention width per layer, counting only
+        the causal half of the attention. Recomputation and norms are not counted."""
+        attention_width = self.heads * self.head_dim
+        projections = self.hidden * (2 * attention_width + 2 * self.kv_heads * self.head_dim)
+        block = projections + 3 * self.hidden * self.intermediate
+        matrices = self.layers * block + vocabulary * self.hidden
+        return 6.0 * matrices + 6.0 * self.layers * sequence_length * attention_width
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x_N: Tensor) -> Tensor:
+        return F.rms_norm(x_N, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, config.hidden, bias=config.output_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, x_BLN: Tensor, rotation: tuple[Tensor, Tensor], visible: Visibility, cache: LayerCache | None
+    ) -> Tensor:
+        q_BLHD = self.q_proj(x_BLN).unflatten(-1, (-1, self.head_dim))
+        k_BLKD = self.k_proj(x_BLN).unflatten(-1, (-1, self.head_dim))
+        v_BLKD = self.v_proj(x_BLN).unflatten(-1, (-1, self.head_dim))
+        q_BLHD = rotate(self.q_norm(q_BLHD), *rotation)
+        k_BLKD = rotate(self.k_norm(k_BLKD), *rotation)
+        if cache is not None:
+            k_BLKD, v_BLKD = cache.extend(k_BLKD, v_BLKD)
+        return self.o_proj(attention(q_BLHD, k_BLKD, v_BLKD, visible).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden, config.intermediate, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden, config.intermediate, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate, config.hidden, bias=config.mlp_bias)
+
+    def forward(self, x_BLN: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BLN)) * self.up_proj(x_BLN))
+
+
+class Block(nn.Module):
+    """One layer. It does not know which: all blocks then share one compiled graph."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.self_attn = Attention(config)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(config.hidden, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps)
+
+    def forward(
+        self,
+        x_BLN: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        visible: Visibility,
+        dropout_keys_B: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        attended_BLN = self.self_attn(self.input_layernorm(x_BLN), rotation, visible, cache)
+        x_BLN = x_BLN + dropout(attended_BLN, self.dropout, dropout_keys_B, site=0)
+        fed_BLN = self.mlp(self.post_attention_layernorm(x_BLN))
+        return x_BLN + dropout(fed_BLN, self.dropout, dropout_keys_B, site=1)
+
+
+class Backbone(nn.Module):
+    """All but the head; there for the `model.` in Hugging Face's parameter names."""
+
+    def __init__(self, config: DecoderConfig, vocabulary: int):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocabulary, config.hidden)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.norm_eps)
+
+
+class Decoder(nn.Module):
+    """Tokens to log-probabilities.
+
+    Args:
+        config: the shape.
+        vocabulary: number of token ids.
+    """
+
+    def __init__(self, config: DecoderConfig, vocabulary: int):
+        super().__init__()
+        self.config = config
+        self.vocabulary = vocabulary
+        self.model = Backbone(config, vocabulary)
+        if not config.tied:  # a tied head is the embedding itself: one parameter, one name
+            self.lm_head = nn.Linear(config.hidden, vocabulary, bias=False)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The units that are sharded, compiled or recomputed one by one."""
+        return self.model.layers
+
+    @property
+    def head(self) -> Tensor:
+        """head_VN: the output matrix."""
+        return self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight
+
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        positions_BL: Tensor,
+        documents_BL: Tensor,
+        labels_BL: Tensor | None = None,
+        *,
+        causal: bool = True,
+        dropout_keys_B: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Log-probabilities of labels, or logits.
+
+        Args:
+            tokens_BL: token ids, int64.
+            positions_BL: position of each token in its document, int64.
+            documents_BL: document of each token, int64; tokens see only their own document. Padding is -1.
+            labels_BL: what each position predicts, int64; -100 where nothing is asked.
+            causal: hide later tokens.
+            dropout_keys_B: int64 key per sequence, a hash of (seed, step, sample); None drops nothing.
+            cache: keys and values of the tokens before these; these are added to it.
+
+        Returns:
+            logprobs_BL in nats, fp32, 0 where the label is -100; or logits_BLV where no labels are given.
+        """
+        hidden_BLN = self.hidden(
+            tokens_BL, positions_BL, documents_BL, causal=causal, dropout_keys_B=dropout_keys_B, cache=cache
+        )
+        if labels_BL is None:
+            return F.linear(hidden_BLN, self.head)
+        return logprobs(hidden_BLN, self.head, labels_BL)
+
+    def hidden(
+        self,
+        tokens_BL: Tensor,
+        positions_BL: Tensor,
+        documents_BL: Tensor,
+        *,
+        causal: bool = True,
+        dropout_keys_B: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """hidden_BLN: what the head multiplies; arguments as in `forward`."""
+        config = self.config
+        seen_BS = None if cache is None else cache.see(documents_BL)
+        visible = visibility(documents_BL, causal=causal, backend=config.attention, key_documents_BS=seen_BS)
+        keys = keys_of_layers(dropout_keys_B if config.dropout else None, config.layers + 1)
+        x_BLN = dropout(self.model.embed_tokens(tokens_BL), config.dropout, keys[-1], site=0)
+        rotation = config.rope.rotation(positions_BL, config.head_dim, x_BLN.dtype)
+        for layer, block in enumerate(self.blocks):
+            x_BLN = block(x_BLN, rotation, visible, keys[layer], None if cache is None else cache.layers[layer])
+        return self.model.norm(x_BLN)
+
+
+@torch.no_grad()
+def initialise(model: Decoder, seed: int) -> None:
+    """Random weights that depend on the seed and each parameter's name only, not on how it is sharded.
+
+    Matrices are normal with standard deviation 0.02; those that write into the residual stream (`o_proj`, `down_proj`)
+    have 0.02 / sqrt(2 layers), so that its variance does not grow with depth (Radford et al. 2019, GPT-2, section
+    2.3). Norms are 1, biases 0. A model built on the meta device must have storage first: `model.to_empty(device=...)`.
+
+    Args:
+        model: parameters may be DTensors; every rank draws the whole tensor and keeps its part.
+        seed: of the run.
+    """
+    for name, parameter in model.named_parameters():
+        full = torch.empty(parameter.shape, dtype=torch.float32)
+        if name.endswith("norm.weight"):
+            full.fill_(1.0)
+        elif name.endswith(".bias"):
+            full.zero_()
+        else:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 / math.sqrt(2 * model.config.layers) if residual else 0.02
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            full.normal_(
+                0.0, std, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+            )
+        if isinstance(parameter, DTensor):
+            moved = full.to(parameter.device)
+            parameter.copy_(distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None))
+        else:
+            parameter.copy_(full)

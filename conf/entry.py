@@ -47,7 +47,7 @@ def run(config_name: str, schema: type[C], main: Callable[[C, dict[str, Any]], i
     except LongrunError as error:
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         print(f"{rank}error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(error.exit_code) from None
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error, schema)}", file=sys.stderr)
         raise SystemExit(1) from None

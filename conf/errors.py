@@ -1,13 +1,22 @@
 """What a user reads when something is wrong: one message, no traceback."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 class LongrunError(Exception):
     """A problem the user can mend. The message names what was found, what was expected and how to fix it.
 
-    Entry points print the message alone and exit with status 1. Anything else is a bug and keeps its traceback.
+    Entry points print the message alone and exit with `exit_code`. Anything else is a bug and keeps its traceback.
     """
+
+    exit_code: ClassVar[int] = 1
+
+
+class OccupiedError(LongrunError):
+    """The run directory holds what another configuration or other inputs made. The lifecycle moves it aside."""
+
+    exit_code = 73  # EX_CANTCREAT of sysexits.h
 
 
 @dataclass(frozen=True)

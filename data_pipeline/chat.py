@@ -1,4 +1,36 @@
-"""Conversations: a chat template turns messages into tokens, of which the assistant's are learned."""
+"""Conversations: a chat template turns messages into tokens, of which only the assistant's are learned.
+
+Rendering is transformers' own, so the ids are those that a serving engine makes of the same messages. What the
+assistant says is found in either of two ways: the template marks it with `{% generation %}`, or the conversation is
+rendered up to each assistant turn, with the generation prompt, and from there to the end of the turn.
+
+Shape suffixes: B sequences, L tokens, N tokens of all conversations.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from conf.errors import LongrunError, Problem
+from conf.registry import register
+from data_pipeline.artifact import fingerprint, sha256_of
+from data_pipeline.batch import IGNORED, MicroBatch
+from data_pipeline.packing import best_fit_decreasing
+from data_pipeline.records import EmptySetError, message_faults, read_records, without_assistant
+
+if TYPE_CHECKING:
+    from data_pipeline.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+Message = dict[str, str]
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text}"""
 
 CHATML = (
     "{%- for message in messages %}"
@@ -7,3 +39,299 @@ CHATML = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 """The default chat template (ChatML), written into our own tokenizers."""
+
+
+class TemplateError(LongrunError):
+    """A chat template is missing, fails on a conversation, or does not let the assistant's words be told apart."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One conversation as tokens.
+
+    Args:
+        tokens: ids of the whole rendered conversation.
+        learned: for each token, whether the assistant says it (content and end of turn).
+    """
+
+    tokens: list[int]
+    learned: list[bool]
+
+    def inputs_and_labels(self, limit: int) -> tuple[list[int], list[int]]:
+        """Input tokens and the token each predicts, -100 where that is not the assistant's.
+
+        What follows the last label changes no loss and is left out.
+
+        Args:
+            limit: most input tokens; later ones are cut.
+
+        Returns:
+            Two lists of the same length; empty when no label is left.
+        """
+        labels = [token if learned else IGNORED for token, learned in zip(self.tokens, self.learned, strict=True)]
+        labels = labels[1 : limit + 1]
+        while labels and labels[-1] == IGNORED:
+            labels.pop()
+        return self.tokens[: len(labels)], labels
+
+
+def render(tokenizer: "Tokenizer", messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
+    """The conversation as text.
+
+    Args:
+        tokenizer: whose template is used.
+        messages: the turns.
+        generation_prompt: end with the opening of an assistant turn.
+
+    Raises:
+        TemplateError: the tokenizer has no template, or the template fails on these messages.
+    """
+    return _render(tokenizer, messages, generation_prompt=generation_prompt, marked=False)[0]
+
+
+def prompt(tokenizer: "Tokenizer", messages: Sequence[Message]) -> list[int]:
+    """Tokens after which the assistant's answer begins."""
+    return tokenizer.encode(render(tokenizer, messages, generation_prompt=True))
+
+
+def encode(tokenizer: "Tokenizer", messages: Sequence[Message], first: int = 0) -> Conversation:
+    """Tokens of a conversation, and which of them the assistant says.
+
+    Args:
+        tokenizer: whose template is used.
+        messages: the turns.
+        first: assistant turns before this message are context: nothing of them is learned.
+
+    Raises:
+        TemplateError: see `render`; or the template rewrites earlier turns, so that what the assistant says cannot be
+            found.
+    """
+    marked = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template or "") is not None
+    text, spans = _render(tokenizer, messages, generation_prompt=False, marked=marked)
+    said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not marked:
+        spans = [_span(tokenizer, text, messages, i) for i in said]
+    elif len(spans) != len(said):
+        raise _template_error(
+            tokenizer,
+            f"marks {len(spans)} generations in a conversation of {len(said)} assistant turns. "
+            "Put {% generation %} around the content and the end of turn of every assistant message.",
+        )
+    tokens = tokenizer.encode(text)
+    learned = [False] * len(tokens)
+    for i, (start, end) in zip(said, spans, strict=True):
+        if i >= first:
+            begin, stop = (_common_prefix(tokens, tokenizer.encode(text[:bound])) for bound in (start, end))
+            stop = stop if marked else _end_of_turn(tokenizer, tokens, begin, stop)
+            learned[begin:stop] = [True] * (stop - begin)
+    return Conversation(tokens, learned)
+
+
+def _render(
+    tokenizer: "Tokenizer", messages: Sequence[Message], *, generation_prompt: bool, marked: bool
+) -> tuple[str, list[tuple[int, int]]]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if not tokenizer.chat_template:
+        raise _template_error(tokenizer, "is missing. Put a chat_template.jinja beside tokenizer.json.")
+    from jinja2.exceptions import TemplateError as JinjaError
+
+    try:
+        texts, spans = render_jinja_template(  # type: ignore[str-unpack]  # annotated as str, returns both
+            conversations=[list(messages)],
+            chat_template=tokenizer.chat_template,
+            add_generation_prompt=generation_prompt,
+            return_assistant_tokens_mask=marked,
+            **tokenizer.special_tokens,
+        )
+    except JinjaError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise _template_error(tokenizer, f"fails on a conversation of [{roles}]: {error}.") from error
+    return texts[0], list(spans[0]) if marked else []
+
+
+def _span(tokenizer: "Tokenizer", text: str, messages: Sequence[Message], i: int) -> tuple[int, int]:
+    """Where in `text` assistant message i stands, by rendering what comes before it and what comes up to its end."""
+    before = render(tokenizer, messages[:i], generation_prompt=True)
+    upto = render(tokenizer, messages[: i + 1])
+    if not (text.startswith(upto) and upto.startswith(before)):
+        raise _template_error(
+            tokenizer,
+            f"renders message {i} of {len(messages)} differently once others follow, or without its generation prompt, "
+            "so what the assistant says cannot be told apart. Put {% generation %} ... {% endgeneration %} around it "
+            "in chat_template.jinja, or train on conversations of one assistant turn.",
+        )
+    return len(before), len(upto)
+
+
+def _template_error(tokenizer: "Tokenizer", what: str) -> TemplateError:
+    template = tokenizer.chat_template or ""
+    excerpt = f" ({template[:60]!r}...)" if template else ""
+    return TemplateError(f"The chat template of {tokenizer.source}{excerpt} {what}")
+
+
+def _common_prefix(tokens: list[int], others: list[int]) -> int:
+    """Number of leading tokens that agree. A token across a boundary of text belongs to what comes after it."""
+    for i, (a, b) in enumerate(zip(tokens, others, strict=False)):
+        if a != b:
+            return i
+    return min(len(tokens), len(others))
+
+
+def _end_of_turn(tokenizer: "Tokenizer", tokens: list[int], begin: int, stop: int) -> int:
+    """Leave out the white space that a template puts after the end-of-turn token: nobody generates it."""
+    special = next((i for i in reversed(range(begin, stop)) if tokens[i] in tokenizer.special_ids), None)
+    if special is not None and not tokenizer.decode(tokens[special + 1 : stop]).strip():
+        return special + 1
+    return stop
+
+
+def chat_faults(record: Any) -> list[str]:
+    """What keeps a record from being {"messages": [...]} with something for the assistant to learn."""
+    if not isinstance(record, dict):
+        return [f'a {type(record).__name__}; expected an object {{"messages": [...]}}']
+    faults = message_faults(record.get("messages"), "messages")
+    if not faults and without_assistant(record["messages"]):
+        roles = ", ".join(message["role"] for message in record["messages"])
+        faults.append(f"no assistant turn among [{roles}]; expected at least one, to be learned")
+    return faults
+
+
+OVERLONG = ("truncate", "drop")
+
+
+def length_problems(sequence_length: int, overlong: str) -> list[Problem]:
+    """What is wrong with the two settings that chat and preference data share."""
+    problems = []
+    if sequence_length < 2:
+        problems.append(Problem("data.sequence_length", sequence_length, "at least 2 tokens"))
+    if overlong not in OVERLONG:
+        problems.append(Problem("data.overlong", overlong, f"one of {', '.join(OVERLONG)}"))
+    return problems
+
+
+@register("data", "chat")
+@dataclass(frozen=True)
+class ChatData:
+    """Conversations, packed into windows; the loss is on what the assistant says.
+
+    Args:
+        path: directory with {train,validation,test}.jsonl of {"messages": [{"role", "content"}, ...]}.
+        sequence_length: tokens per window.
+        overlong: what happens to a conversation longer than a window: "truncate" cuts its end, "drop" leaves it out.
+    """
+
+    path: str = ""
+    sequence_length: int = 512
+    overlong: str = "truncate"
+
+    def problems(self, config: Any, world_size: int) -> list[Problem]:
+        return length_problems(self.sequence_length, self.overlong)
+
+    def open(self, split: str, tokenizer: "Tokenizer", seed: int) -> "PackedChats":
+        """Read, check, encode and pack one split.
+
+        Raises:
+            RecordError: lists every record of a wrong shape.
+            EmptySetError: no conversation is left.
+            TemplateError: see `encode`.
+        """
+        records = read_records(self.path, split, chat_faults)
+        conversations = [encode(tokenizer, record["messages"]) for record in records]
+        source = Path(self.path) / f"{split}.jsonl"
+        parts = ["chat", sha256_of(source), tokenizer.fingerprint, self.sequence_length, self.overlong, seed]
+        name = fingerprint(parts)
+        return PackedChats(conversations, self.sequence_length, self.overlong, seed, tokenizer.pad, str(source), name)
+
+
+class PackedChats:
+    """Windows that each hold several conversations, which never attend to each other.
+
+    A pure function of the conversations and the seed.
+
+    Args:
+        conversations: what is packed; each has something learned.
+        sequence_length: tokens per window.
+        overlong: see `ChatData`.
+        seed: of the packing.
+        pad: id that fills a window up.
+        source: where the conversations come from, for messages.
+        fingerprint: names this set of samples.
+
+    Raises:
+        EmptySetError: nothing is learned in some conversation, or none is left.
+    """
+
+    def __init__(
+        self,
+        conversations: Sequence[Conversation],
+        sequence_length: int,
+        overlong: str,
+        seed: int,
+        pad: int,
+        source: str,
+        fingerprint: str,
+    ):
+        self.sequence_length = sequence_length
+        self.pad = pad
+        self.fingerprint = fingerprint
+        silent = [i + 1 for i, conversation in enumerate(conversations) if not any(conversation.learned)]
+        if silent:
+            raise EmptySetError(
+                f"{source}: {len(silent)} conversations have no token to learn, the first in line {silent[0]}: the "
+                "chat template renders nothing of what the assistant says. Mend its {% generation %} marks."
+            )
+        self.counts = {"conversations": 0, "truncated": 0, "dropped": 0}
+        samples = []
+        for conversation in conversations:
+            tokens, labels = conversation.inputs_and_labels(len(conversation.tokens))
+            if len(labels) > sequence_length:
+                tokens, labels = conversation.inputs_and_labels(sequence_length if overlong == "truncate" else 0)
+                self.counts["truncated" if labels else "dropped"] += 1
+            if labels:
+                samples.append((tokens, labels))
+        self.counts["conversations"] = len(samples)
+        if not samples:
+            raise EmptySetError(
+                f"{source}: none of {len(conversations)} conversations fits data.sequence_length={sequence_length} "
+                "with something to learn; make it larger."
+            )
+        if self.counts["truncated"] or self.counts["dropped"]:
+            log.warning(
+                "%s: of %d conversations %d were cut to data.sequence_length=%d and %d dropped",
+                source,
+                len(conversations),
+                self.counts["truncated"],
+                sequence_length,
+                self.counts["dropped"],
+            )
+        self._windows = best_fit_decreasing([len(labels) for _, labels in samples], sequence_length, seed)
+        self._ends = np.cumsum([len(labels) for _, labels in samples])
+        self._tokens_N = np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens, _ in samples])
+        self._labels_N = np.concatenate([np.asarray(labels, dtype=np.int64) for _, labels in samples])
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
+        shape = (len(indices), self.sequence_length)
+        tokens_BL, labels_BL = np.full(shape, self.pad), np.full(shape, IGNORED)
+        positions_BL, documents_BL = np.zeros(shape, dtype=np.int64), np.full(shape, -1)
+        for row, index in enumerate(indices):
+            begin = 0
+            for document, member in enumerate(self._windows[index]):
+                source = slice(self._ends[member - 1] if member else 0, self._ends[member])
+                length = source.stop - source.start
+                place = slice(begin, begin + length)
+                tokens_BL[row, place] = self._tokens_N[source]
+                labels_BL[row, place] = self._labels_N[source]
+                positions_BL[row, place] = np.arange(length)
+                documents_BL[row, place] = document
+                begin += length
+        return MicroBatch(
+            tokens_BL=torch.from_numpy(tokens_BL),
+            labels_BL=torch.from_numpy(labels_BL),
+            positions_BL=torch.from_numpy(positions_BL),
+            documents_BL=torch.from_numpy(documents_BL),
+            samples_B=torch.tensor(indices, dtype=torch.int64),
+        )

@@ -1,17 +1,27 @@
 """What every objective shares: it turns log-probabilities into a sum and a weight."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
 
 from data_pipeline.batch import IGNORED, MicroBatch, PreferenceBatch, Samples
 from parallel.engine import Engine, LossTerms, Outputs
 
-__all__ = ["IGNORED", "Engine", "LossTerms", "MicroBatch", "Objective", "Outputs", "PreferenceBatch", "Samples"]
-
 if TYPE_CHECKING:
     from data_pipeline.tokenizer import Tokenizer
 
-Batch = TypeVar("Batch", bound=MicroBatch)
+__all__ = [
+    "IGNORED",
+    "Engine",
+    "LossTerms",
+    "MicroBatch",
+    "Objective",
+    "Outputs",
+    "PreferenceBatch",
+    "Samples",
+    "keyed",
+]
 
 
 class Objective:
@@ -29,7 +39,7 @@ class Objective:
         is found again after a restart. Returns the samples to train on."""
         return samples
 
-    def prepare(self, micro_batch: Batch, seed: int, tokenizer: "Tokenizer") -> Batch:
+    def prepare(self, micro_batch: MicroBatch, seed: int, tokenizer: "Tokenizer") -> MicroBatch:
         """The micro-batch as the model shall see it (masked, rearranged). Randomness is keyed by
         (seed, micro_batch.samples_B), never by rank."""
         return micro_batch
@@ -37,3 +47,9 @@ class Objective:
     def loss(self, outputs: Outputs, micro_batch: MicroBatch) -> LossTerms:
         """Sum of the losses of one micro-batch and the number of terms."""
         raise NotImplementedError
+
+
+def keyed(seed: int, sample: int) -> np.random.Generator:
+    """Random numbers that depend on the run's seed and the sample alone (Philox, Salmon et al. 2011): the same on
+    whichever rank, and in whichever micro-batch, the sample is."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, sample], dtype=np.uint64)))

@@ -1,0 +1,95 @@
+"""JSON lines that people wrote: every record is checked before any is used, and all faults are reported together."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from conf.errors import LongrunError
+
+ROLES = ("system", "user", "assistant", "tool")
+SHOWN = 20
+"""Faults listed in a message; the others are counted."""
+
+
+class RecordError(LongrunError):
+    """Records of a file do not have the expected shape; names file, line, what was found and what was expected."""
+
+
+class EmptySetError(LongrunError):
+    """A data set holds nothing that can be used."""
+
+
+def read_records(directory: str | Path, stem: str, faults: Callable[[Any], list[str]]) -> list[dict[str, Any]]:
+    """Read `<directory>/<stem>.jsonl`.
+
+    Args:
+        directory: an artifact, or any directory with such a file.
+        stem: the file's name without its ending.
+        faults: says of one record what is wrong with it: "found ...; expected ...".
+
+    Raises:
+        RecordError: lists every record that is not JSON or has a fault.
+        EmptySetError: there is no such file, or no record in it.
+    """
+    file = Path(directory) / f"{stem}.jsonl"
+    if not file.exists():
+        present = ", ".join(sorted(f.name for f in Path(directory).glob("*.jsonl"))) or "no .jsonl file"
+        raise EmptySetError(
+            f"{file} does not exist; {directory} holds {present}. Give the directory of a chat artifact."
+        )
+    records, bad = [], []
+    with open(file, encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                bad.append(
+                    f"{file}:{number}: not JSON ({error.msg} at column {error.colno}); expected one object per line"
+                )
+                continue
+            bad += [f"{file}:{number}: {fault}" for fault in faults(record)]
+            records.append(record)
+    if bad:
+        more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        count = "1 fault" if len(bad) == 1 else f"{len(bad)} faults"
+        raise RecordError(f"{count} in {file}; nothing was started.\n  " + "\n  ".join(bad[:SHOWN]) + more)
+    if not records:
+        raise EmptySetError(f"{file} holds no record; there is nothing to train on or to measure.")
+    return records
+
+
+def message_faults(messages: Any, field: str) -> list[str]:
+    """What keeps `messages` from being a list of {"role", "content"}.
+
+    Args:
+        messages: the value found.
+        field: where it was found, for the message.
+    """
+    if not isinstance(messages, list) or not messages:
+        return [f"{field} is {_found(messages)}; expected a list of messages"]
+    faults = []
+    for number, message in enumerate(messages):
+        where = f"{field}[{number}]"
+        if not isinstance(message, dict):
+            faults.append(f'{where} is {_found(message)}; expected {{"role": ..., "content": ...}}')
+            continue
+        if message.get("role") not in ROLES:
+            faults.append(f"{where}.role is {message.get('role')!r}; expected one of {', '.join(ROLES)}")
+        content = message.get("content")
+        if not isinstance(content, str):
+            faults.append(f"{where}.content is {_found(content)}; expected text")
+        elif message.get("role") == "assistant" and not content.strip():
+            faults.append(f"{where} is an empty assistant turn; expected text to learn, or no such turn")
+    return faults
+
+
+def without_assistant(messages: list[dict[str, str]]) -> bool:
+    return not any(message["role"] == "assistant" for message in messages)
+
+
+def _found(value: Any) -> str:
+    if value is None:
+        return "missing"
+    text = json.dumps(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

@@ -1,0 +1,51 @@
+"""What a launcher does: it starts one stage as processes somewhere and says how they ended."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+DONE = 0
+STOPPED_EARLY = 75
+"""Stopped on request or preemption with a checkpoint written: start me again."""
+
+Output = Callable[[int, str], None]
+"""Called with the rank and one line it printed, without the line's end; from any thread."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a stage's processes ended.
+
+    Args:
+        code: 0 all did; 75 they stopped early with a checkpoint; else the code of the rank that failed first, 128 + n
+            where signal n killed it.
+        reason: in words, for a code that is neither.
+    """
+
+    code: int
+    reason: str = ""
+
+
+class Running(Protocol):
+    """The processes of one stage."""
+
+    def poll(self) -> Ended | None:
+        """How they ended, or None while any is alive. Never waits."""
+        ...
+
+    def stop(self) -> None:
+        """Ask them to write a checkpoint and exit 75."""
+        ...
+
+    def kill(self) -> None:
+        """End them at once."""
+        ...
+
+
+class Launcher(Protocol):
+    """Subclasses are frozen dataclasses registered with `@register("launcher", name)`."""
+
+    def start(self, command: Sequence[str], processes: int, output: Output) -> Running:
+        """Start `python -m <command>` on `processes` ranks that find each other as under torchrun (RANK, WORLD_SIZE,
+        LOCAL_RANK, MASTER_ADDR, MASTER_PORT)."""
+        ...

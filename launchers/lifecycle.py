@@ -1,0 +1,328 @@
+"""`python -m launchers.lifecycle lifecycle=demo`: a model's life, stage by stage, as a graph of artifacts.
+
+A stage is done when its process exited with 0 *and* its manifest can be read. The stage itself decides whether what it
+finds is what it would make; the lifecycle only avoids the start of a process where it can prove that nothing changed:
+same command line, same inputs, same code, same files.
+"""
+
+import hashlib
+import json
+import shlex
+import shutil
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import launchers
+from conf import entry
+from conf.errors import LongrunError, OccupiedError
+from conf.registry import discover
+from data_pipeline.artifact import MANIFEST, Artifact, ArtifactError, fingerprint, locked, write_atomically
+from launchers import preflight
+from launchers.base import DONE, STOPPED_EARLY, Ended, Running
+from launchers.display import Display, Row, duration, headline
+from launchers.graph import LifecycleConfig
+
+discover(launchers)
+
+ROOMS = ("conf", "data_pipeline", "parallel", "train", "tools")
+RECORDS = "lifecycle.json"
+POLL_S = 0.05
+LAST_LINES = 15
+KILLED = 128 + signal.SIGINT
+
+
+class StagesError(LongrunError):
+    """The configuration of one or more stages is wrong."""
+
+
+@dataclass
+class Attempt:
+    """One stage being run, over its restarts.
+
+    Args:
+        log: where every line goes.
+        before: the artifact that was there at the start, and when its manifest was written.
+        cut: the directory held an unfinished run.
+        restarts: times it was started again with a checkpoint.
+    """
+
+    log: Path
+    before: tuple[str, int] | None
+    cut: bool
+    running: Running = field(init=False)
+    started_s: float = field(default_factory=time.monotonic)
+    restarts: int = 0
+    moved_aside: bool = False
+    last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
+
+
+class Life:
+    """Runs a lifecycle in a directory that this process holds."""
+
+    def __init__(self, config: LifecycleConfig):
+        self.config = config
+        self.root = Path(config.root)
+        self.order = config.order()
+        self.display = Display(self.order)
+        self.code = code_fingerprint()
+        self.records = self._read_records()
+        self.rows: dict[str, Row] = {}
+        self.running: dict[str, Attempt] = {}
+        self.stop_requests = 0
+
+    # What is done.
+
+    def proven(self, name: str) -> Artifact | None:
+        """The stage's artifact, where a start could not change it."""
+        try:
+            artifact = Artifact.read(self.root / name)
+        except ArtifactError:
+            return None
+        record = self.records.get(name, {})
+        same = record == self._record(name, artifact) and not damage(artifact)
+        return artifact if same else None
+
+    def _record(self, name: str, artifact: Artifact) -> dict[str, Any]:
+        """What must not have changed for the stage to be passed over."""
+        spec = self.config.stages[name]
+        inputs: dict[str, str | None] = {}
+        for other in spec.inputs():
+            try:
+                inputs[other] = Artifact.read(self.root / other).id
+            except ArtifactError:
+                inputs[other] = None
+        call = spec.call(self.root, name)
+        return {"id": artifact.id, "call": call, "processes": spec.processes, "inputs": inputs, "code": self.code}
+
+    def _read_records(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.root / RECORDS).read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}  # nothing is proven; every stage looks for itself
+
+    def _write_records(self) -> None:
+        write_atomically(self.root / RECORDS, json.dumps(self.records, indent=1) + "\n")
+
+    # The run.
+
+    def plan(self) -> list[Row]:
+        """Every stage: proven done, or to be started.
+
+        Raises:
+            StagesError: a configuration that would be refused; names every stage and problem.
+        """
+        rows: dict[str, Row] = {}
+        for name in self.order:
+            behind = [other for other in self.config.stages[name].inputs() if rows[other].state == "to run"]
+            artifact = None if behind else self.proven(name)
+            if artifact:
+                rows[name] = Row(name, "skipped", artifact.duration_s, headline(artifact))
+            else:
+                unfinished = (self.root / name).is_dir() and not (self.root / name / MANIFEST).exists()
+                rows[name] = Row(name, "to run", note="goes on where it was cut" if unfinished else "")
+        self._preflight([name for name in self.order if rows[name].state == "to run"])
+        return list(rows.values())
+
+    def _preflight(self, names: list[str]) -> None:
+        calls = []
+        for name in names:
+            spec = self.config.stages[name]
+            missing = [str(self.root / other) for other in spec.inputs() if not (self.root / other / MANIFEST).exists()]
+            calls.append(preflight.Check(name, spec.call(self.root, name), spec.processes, missing))
+        if calls and (wrong := preflight.check(calls)):
+            told = "\n".join(f"stage {name}:\n  " + text.replace("\n", "\n  ") for name, text in wrong.items())
+            raise StagesError(f"nothing was started.\n{told}\nChange it under `stages.<stage>` of the lifecycle.")
+
+    def run(self) -> int:
+        """Run what is to be run; returns the exit code."""
+        began = time.monotonic()
+        self.display.table(f"{self.config.name} in {self.root}", self.plan())
+        with self._signals():
+            while len(self.rows) < len(self.order):
+                self._start_what_can_be()
+                for name in list(self.running):
+                    if ended := self.running[name].running.poll():
+                        self._ended(name, ended)
+                if self.running:
+                    time.sleep(POLL_S)
+        took = duration(time.monotonic() - began)
+        self.display.table(f"{self.config.name} after {took}", [self.rows[name] for name in self.order])
+        return self._conclude()
+
+    def _start_what_can_be(self) -> None:
+        for name in self.order:
+            spec = self.config.stages[name]
+            waits = [other for other in spec.inputs() if other not in self.rows]
+            if name in self.rows or name in self.running or waits:
+                continue
+            failed = any(row.state in ("failed", "not started") for row in self.rows.values())
+            if self.stop_requests or (failed and not spec.always):
+                if not self.running:
+                    self.rows[name] = Row(name, "not started")
+            elif artifact := self.proven(name):
+                self.rows[name] = Row(name, "skipped", artifact.duration_s, headline(artifact))
+            elif len(self.running) < self.config.parallel:
+                self._start(name)
+
+    def _start(self, name: str) -> None:
+        directory, log = self.root / name, self.root / "logs" / f"{name}.log"
+        log.parent.mkdir(exist_ok=True)
+        before: tuple[str, int] | None = None
+        try:
+            artifact = Artifact.read(directory)
+            before = (artifact.id, (directory / MANIFEST).stat().st_mtime_ns)
+            if bad := damage(artifact):
+                self._move_aside(name, f"is damaged ({', '.join(bad)})")
+                before = None
+        except ArtifactError:
+            pass  # not made yet, or cut
+        if self.records.pop(name, None):
+            self._write_records()
+        cut = before is None and (directory / "checkpoints").is_dir()
+        self.running[name] = Attempt(log, before, cut)
+        self._launch(name, self.running[name])
+
+    def _launch(self, name: str, attempt: Attempt) -> None:
+        spec = self.config.stages[name]
+        call = spec.call(self.root, name)
+        command = shlex.join(["python", "-m", *call])
+        on = "" if spec.processes == 1 else f" on {spec.processes} processes"
+        self.display.say(f"{name}{on}: {command}", style="bold cyan")
+        with open(attempt.log, "a") as log:
+            log.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')}{on} {command}\n")
+
+        def output(rank: int, line: str) -> None:
+            attempt.last_lines.append(line)
+            self.display.line(name, rank, line)
+            with self.display.lock, open(attempt.log, "a") as log:
+                log.write(line + "\n" if rank == 0 else f"[{rank}] {line}\n")
+
+        attempt.running = self.config.launcher.start(call, spec.processes, output)
+
+    def _ended(self, name: str, ended: Ended) -> None:
+        attempt = self.running[name]
+        if ended.code == OccupiedError.exit_code and not attempt.moved_aside and not self.stop_requests:
+            attempt.moved_aside = True
+            self._move_aside(name, "was made by another configuration or other inputs")
+            self._launch(name, attempt)
+        elif ended.code == STOPPED_EARLY and not self.stop_requests and attempt.restarts < self.config.restarts:
+            attempt.restarts += 1
+            self.display.say(f"{name} stopped early with a checkpoint; start {attempt.restarts + 1}", style="yellow")
+            self._launch(name, attempt)
+        else:
+            del self.running[name]
+            self.rows[name] = self._judge(name, attempt, ended)
+
+    def _judge(self, name: str, attempt: Attempt, ended: Ended) -> Row:
+        """What the stage came to, once it will not be started again."""
+        seconds = time.monotonic() - attempt.started_s
+        if ended.code == STOPPED_EARLY and self.stop_requests:
+            return Row(name, "cut", seconds, "stopped on request with a checkpoint")
+        if self.stop_requests and ended.code != DONE:
+            return Row(name, "cut", seconds, f"stopped on request; {ended.reason}")
+        if ended.code == STOPPED_EARLY:
+            return Row(name, "failed", seconds, f"stopped early {attempt.restarts + 1} times; see restarts")
+        if ended.code != DONE:
+            self._show_last_lines(name, attempt)
+            return Row(name, "failed", seconds, ended.reason)
+        try:
+            artifact = Artifact.read(self.root / name)
+        except ArtifactError as error:
+            self._show_last_lines(name, attempt)
+            return Row(name, "failed", seconds, f"it exited with 0, but {error}")
+        self.records[name] = self._record(name, artifact)
+        self._write_records()
+        after = (artifact.id, (artifact.path / MANIFEST).stat().st_mtime_ns)
+        state = "skipped" if after == attempt.before else "resumed" if attempt.cut or attempt.restarts else "done"
+        return Row(name, state, artifact.duration_s, headline(artifact))
+
+    def _show_last_lines(self, name: str, attempt: Attempt) -> None:
+        self.display.say(f"{name} failed. The last lines of {attempt.log}:", style="bold red")
+        for line in attempt.last_lines:
+            self.display.say(f"    {line}", style="")
+
+    def _move_aside(self, name: str, why: str) -> None:
+        """Keep what is in the stage's way as `<stage>.stale-<id>`, in place of what was kept before."""
+        directory = self.root / name
+        try:
+            label = Artifact.read(directory).id
+        except ArtifactError:
+            label = "unfinished"
+        for earlier in self.root.glob(f"{name}.stale-*"):
+            shutil.rmtree(earlier)
+        aside = directory.with_name(f"{name}.stale-{label}")
+        directory.rename(aside)
+        self.display.say(f"{directory} {why}: it is kept as {aside} and made anew", style="yellow")
+
+    def _conclude(self) -> int:
+        rows = [self.rows[name] for name in self.order]
+        if failed := [row for row in rows if row.state == "failed"]:
+            for row in failed:
+                self.display.say(f"error: stage {row.stage} failed: {row.note}", style="bold red")
+                self.display.say(
+                    f"The log is {self.root / 'logs' / row.stage}.log; mend it and start again: it goes on there."
+                )
+            return 1
+        if any(row.state in ("cut", "not started") for row in rows):
+            self.display.say("Stopped on request. The same command goes on from here.", style="yellow")
+            return STOPPED_EARLY if self.stop_requests < 2 else KILLED
+        return DONE
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM are passed on to the stages, which write a checkpoint; the second one kills them."""
+
+        def handle(number: int, frame: Any) -> None:
+            self.stop_requests += 1
+            for attempt in self.running.values():
+                if self.stop_requests == 1:
+                    attempt.running.stop()
+                else:
+                    attempt.running.kill()
+
+        earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
+
+
+def damage(artifact: Artifact) -> list[str]:
+    """Recorded files that are missing or of another size. Contents are not read: a stage checks what it loads."""
+    bad = []
+    for name, record in artifact.files.items():
+        file = artifact.path / name
+        if not file.is_file():
+            bad.append(f"{name} is missing")
+        elif file.stat().st_size != record["bytes"]:
+            bad.append(f"{name} has {file.stat().st_size} bytes instead of {record['bytes']}")
+    return bad
+
+
+def code_fingerprint() -> str:
+    """Changes with every source and configuration file that a stage could read."""
+    here = Path(__file__).parent.parent
+    sources = sorted(f for room in ROOMS for kind in ("*.py", "*.yaml", "*.jinja") for f in (here / room).rglob(kind))
+    return fingerprint([[str(f.relative_to(here)), hashlib.sha256(f.read_bytes()).hexdigest()] for f in sources])
+
+
+def main(config: LifecycleConfig, resolved: dict[str, Any]) -> int:
+    if config.dry_run:
+        life = Life(config)
+        life.display.table(f"{config.name} in {config.root}", life.plan())
+        for name in life.order:
+            life.display.line(name, 0, shlex.join(["python", "-m", *config.stages[name].call(life.root, name)]))
+        return DONE
+    with locked(config.root):
+        return Life(config).run()
+
+
+if __name__ == "__main__":
+    entry.run("lifecycle", LifecycleConfig, main)

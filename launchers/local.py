@@ -1,0 +1,146 @@
+"""Ranks as processes of this machine.
+
+torchrun is not used because it loses what the lifecycle lives by: a worker's exit code 75 comes out of it as 1, and
+the first rank that ends with 75 makes it kill those that are still writing the last checkpoint. The variables that
+the ranks find each other by are torchrun's.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from conf.errors import Problem
+from conf.registry import register
+from launchers.base import DONE, STOPPED_EARLY, Ended, Output
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@register("launcher", "local")
+@dataclass(frozen=True)
+class Local:
+    """Start every rank on this machine.
+
+    Args:
+        threads: CPU threads of each process; 0 shares out the cores this process may use.
+        grace_s: seconds the other ranks have to end by themselves after one has; then they are killed.
+    """
+
+    threads: int = 0
+    grace_s: float = 120.0
+
+    def problems(self) -> list[Problem]:
+        found = (
+            [] if self.threads >= 0 else [Problem("launcher.threads", self.threads, "0 (share out the cores) or more")]
+        )
+        if self.grace_s <= 0:
+            found.append(Problem("launcher.grace_s", self.grace_s, "a number of seconds above 0"))
+        return found
+
+    def start(self, command: Sequence[str], processes: int, output: Output) -> "LocalProcesses":
+        threads = self.threads or max(1, len(os.sched_getaffinity(0)) // processes)
+        port = _free_port()
+        ranks = []
+        for rank in range(processes):
+            environment = dict(os.environ, PYTHONUNBUFFERED="1")
+            environment.setdefault("OMP_NUM_THREADS", str(threads))
+            if processes > 1:
+                environment |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(processes),
+                    "LOCAL_WORLD_SIZE": str(processes),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }
+            ranks.append(_start([sys.executable, "-m", *command], environment))
+            threading.Thread(target=_forward, args=(ranks[-1], rank, output), daemon=True).start()
+        return LocalProcesses(ranks, self.grace_s)
+
+
+@dataclass
+class LocalProcesses:
+    """The ranks of one stage."""
+
+    ranks: list[subprocess.Popen[str]]
+    grace_s: float
+    first_end_s: float | None = None
+    failed: list[int] = field(default_factory=list)
+
+    def poll(self) -> Ended | None:
+        codes = [rank.poll() for rank in self.ranks]
+        for rank, code in enumerate(codes):
+            if code not in (None, DONE, STOPPED_EARLY) and rank not in self.failed:
+                self.failed.append(rank)
+        if any(code is not None for code in codes) and self.first_end_s is None:
+            self.first_end_s = time.monotonic()
+        if None in codes:
+            # The others wait in a collective for a rank that is gone, or write the last checkpoint.
+            late = self.first_end_s is not None and time.monotonic() - self.first_end_s > self.grace_s
+            if late:
+                self.failed += [rank for rank, code in enumerate(codes) if code is None and rank not in self.failed]
+                self.kill()
+            return None
+        if self.failed:
+            self.kill()  # what the ranks themselves started
+            return _failure(self.failed[0], codes[self.failed[0]] or 0, len(codes))
+        return Ended(STOPPED_EARLY if STOPPED_EARLY in codes else DONE)
+
+    def stop(self) -> None:
+        for rank in self.ranks:
+            if rank.poll() is None:
+                rank.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            try:
+                os.killpg(rank.pid, signal.SIGKILL)  # each leads its own process group
+            except ProcessLookupError:
+                continue
+
+
+def _failure(rank: int, code: int, processes: int) -> Ended:
+    who = "it" if processes == 1 else f"rank {rank} of {processes}"
+    if code >= 0:
+        return Ended(code, f"{who} exited with code {code}")
+    hint = "; is there enough memory?" if -code == signal.SIGKILL else ""
+    return Ended(128 - code, f"{who} was killed by {signal.Signals(-code).name}{hint}")
+
+
+def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # a Ctrl-C reaches the lifecycle alone, which passes it on once
+        preexec_fn=_die_with_parent,
+    )
+
+
+def _die_with_parent() -> None:
+    """A lifecycle that was killed leaves no rank behind that holds the run directory."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _forward(process: subprocess.Popen[str], rank: int, output: Output) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        output(rank, line.rstrip("\n"))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,88 @@
+"""Compose and check every stage's configuration before the first one starts.
+
+A misspelt key of the last stage must not wait for the days that the first ones take. `python -m launchers.preflight`
+reads a JSON list of `Check` from standard input and writes the answers to standard output. It is a process of its own
+because the stages' schemas bring torch with them, which the lifecycle does without.
+"""
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest import mock
+
+from conf import entry
+from conf.errors import ConfigError, LongrunError
+
+
+@dataclass(frozen=True)
+class Check:
+    """One stage's call.
+
+    Args:
+        stage: its name in the lifecycle.
+        call: what follows `python -m`.
+        processes: ranks it is started on.
+        missing: directories on the command line that an earlier stage has yet to write.
+    """
+
+    stage: str
+    call: list[str]
+    processes: int
+    missing: list[str]
+
+
+def check(calls: list[Check]) -> dict[str, str]:
+    """Stage -> what is wrong with its configuration; stages without a problem are left out."""
+    result = subprocess.run(
+        [sys.executable, "-m", "launchers.preflight"],
+        input=json.dumps([asdict(call) for call in calls]),
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode:
+        raise LongrunError(f"the stages' configurations could not be checked:\n{result.stderr.strip()}")
+    return json.loads(result.stdout)
+
+
+def _problem(call: Check) -> str:
+    """What the entry point itself would say to this command line; empty when it would start."""
+
+    def compose_only(config_name: str, schema: type, main: Any) -> None:
+        """In place of `conf.entry.run`: everything up to the start."""
+        from hydra import compose, initialize_config_module
+
+        try:
+            with initialize_config_module("conf", version_base="1.3"):
+                entry.typed(compose(config_name, overrides=overrides), schema)
+        except ConfigError as error:
+            told = [str(p) for p in error.problems if not any(path in str(p) for path in call.missing)]
+            messages.extend(told)
+        except (LongrunError, OSError) as error:
+            if not call.missing:  # else it may be about an input that is yet to come
+                messages.append(str(error))
+        except (entry.HydraException, entry.OmegaConfBaseException) as error:
+            messages.append(entry.explain(error, schema))
+
+    command, *overrides = call.call
+    messages: list[str] = []
+    printed = io.StringIO()
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(call.processes)} if call.processes > 1 else {}
+    with (
+        mock.patch.object(entry, "run", compose_only),
+        mock.patch.dict(os.environ, ranks),
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
+        runpy.run_module(command, run_name="__main__")
+    return "\n".join(messages)
+
+
+if __name__ == "__main__":
+    calls = [Check(**call) for call in json.load(sys.stdin)]
+    json.dump({call.stage: text for call in calls if (text := _problem(call))}, sys.stdout)

@@ -29,9 +29,9 @@ class LayerCache:
             held_BCKD[:, end - new_BLKD.shape[1] : end] = new_BLKD
         return self._held[0][:, :end], self._held[1][:, :end]
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows_B: Tensor) -> None:
         if self._held is not None:
-            self._held = (self._held[0][rows], self._held[1][rows])
+            self._held = (self._held[0][rows_B], self._held[1][rows_B])
 
 
 class Cache:
@@ -57,12 +57,12 @@ class Cache:
         self._documents_BC[:, start : self.length] = documents_BL
         return self._documents_BC[:, : self.length]
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows_B: Tensor) -> None:
         """Go on with some of the sequences only.
 
         Args:
-            rows: their numbers, int64.
+            rows_B: their numbers, int64.
         """
-        self._documents_BC = self._documents_BC[rows]
+        self._documents_BC = self._documents_BC[rows_B]
         for layer in self.layers:
-            layer.keep(rows)
+            layer.keep(rows_B)

@@ -7,7 +7,6 @@ Shape suffixes: B sequences, L tokens, N model width, F feed-forward width, H qu
 D features of a head, V vocabulary.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING

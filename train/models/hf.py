@@ -1,0 +1,382 @@
+"""Hugging Face directories in and out: `config.json` and safetensors of the Llama, Qwen2, Qwen3 and SmolLM2 families.
+
+Nothing here imports transformers. Pickled weights are never opened: they can run code.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from conf.errors import LongrunError
+from train.models.rope import Rope
+from train.models.transformer import DecoderConfig
+
+if TYPE_CHECKING:
+    from data_pipeline.tokenizer import Tokenizer
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "use_sliding_window": (False,),
+    "rope_interleaved": (False,),
+    "partial_rotary_factor": (1.0,),
+    "pretraining_tp": (1,),
+    "embedding_multiplier": (1.0,),
+    "attention_multiplier": (1.0,),
+    "residual_multiplier": (1.0,),
+    "logits_scaling": (1.0,),
+    "quantization_config": (),
+    "no_rope_layers": (),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+}
+"""Keys of config.json that change what the model computes, and the values (or null) under which they do not."""
+
+
+class HuggingFaceError(LongrunError):
+    """A directory is no Hugging Face model that this program can read, or a model cannot be written as one."""
+
+
+def model_directory(path: str | Path) -> Path:
+    """Where the model is: `path` itself, or `path/model` where `path` is an artifact.
+
+    Raises:
+        HuggingFaceError: neither holds a config.json.
+    """
+    path = Path(path)
+    for directory in (path / "model", path):
+        if (directory / CONFIG).is_file():
+            return directory
+    there = f"it holds {_listed(f.name for f in path.iterdir())}" if path.is_dir() else "there is no such directory"
+    raise HuggingFaceError(
+        f"{path} is neither a Hugging Face model directory nor an artifact with one in model/: no {CONFIG} ({there}). "
+        "Give the directory that holds config.json and *.safetensors, or that of a finished training or export run."
+    )
+
+
+def read_config(directory: str | Path) -> DecoderConfig:
+    """The architecture that `config.json` describes.
+
+    Raises:
+        HuggingFaceError: the architecture or a feature of it is not one of ours (every one is named), or a key lacks.
+    """
+    directory = Path(directory)
+    content = _read_json(directory / CONFIG)
+    kind = content.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise HuggingFaceError(
+            f"{directory / CONFIG}: model_type {kind!r} is not supported; expected one of {', '.join(ARCHITECTURES)}."
+        )
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    problems = [f"{key} is missing" for key in needed if not isinstance(content.get(key), int)]
+    for key, neutral in NEUTRAL.items():
+        if content.get(key) is not None and content[key] not in neutral:
+            problems.append(f"{key}={content[key]!r} is not supported{f', only {neutral[0]!r}' if neutral else ''}")
+    if set(content.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+        problems.append(f"layer_types={content['layer_types']!r} is not supported, only 'full_attention'")
+    rope = _rope(content, problems)
+    if problems:
+        raise HuggingFaceError(f"{directory / CONFIG} cannot be read:\n  " + "\n  ".join(problems))
+
+    heads = content["num_attention_heads"]
+    bias = bool(content.get("attention_bias", False))
+    return DecoderConfig(
+        layers=content["num_hidden_layers"],
+        hidden=content["hidden_size"],
+        intermediate=content["intermediate_size"],
+        heads=heads,
+        kv_heads=content.get("num_key_value_heads") or heads,
+        head_dim=content.get("head_dim") or (128 if kind == "qwen3" else content["hidden_size"] // heads),
+        rope=rope,
+        norm_eps=content.get("rms_norm_eps", 1e-6),
+        tied=bool(content.get("tie_word_embeddings", False)),
+        qkv_bias=kind == "qwen2" or bias,
+        output_bias=kind != "qwen2" and bias,
+        mlp_bias=kind == "llama" and bool(content.get("mlp_bias", False)),
+        qk_norm=kind == "qwen3",
+        max_positions=content.get("max_position_embeddings", 2048 if kind == "llama" else 32768),
+    )
+
+
+def _rope(content: Mapping[str, Any], problems: list[str]) -> Rope:
+    """Both spellings: `rope_parameters` (transformers 5), and `rope_theta` beside `rope_scaling`."""
+    told = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    theta = told.get("rope_theta") or content.get("rope_theta") or 10000.0
+    kind = told.get("rope_type") or told.get("type") or "default"
+    if told.get("partial_rotary_factor", 1.0) != 1.0:
+        problems.append(f"partial_rotary_factor={told['partial_rotary_factor']!r} is not supported, only 1.0")
+    needed = {
+        "default": {},
+        "linear": {"factor": "factor"},
+        "llama3": {
+            "factor": "factor",
+            "low_frequency_factor": "low_freq_factor",
+            "high_frequency_factor": "high_freq_factor",
+            "original_positions": "original_max_position_embeddings",
+        },
+    }.get(kind)
+    if needed is None:
+        problems.append(f"rope type {kind!r} is not supported, only default, linear and llama3")
+        return Rope()
+    missing = [key for key in needed.values() if told.get(key) is None]
+    if missing:
+        problems.append(f"rope type {kind!r} lacks {', '.join(missing)}")
+        return Rope()
+    return Rope(theta=float(theta), scaling=kind, **{ours: told[theirs] for ours, theirs in needed.items()})
+
+
+def read_weights(directory: str | Path, config: DecoderConfig) -> dict[str, Tensor]:
+    """Every parameter by name, in fp32, after all have been checked.
+
+    Args:
+        directory: holds `model.safetensors`, or shards with their index.
+        config: as `read_config` returned it.
+
+    Raises:
+        HuggingFaceError: weights are pickled, absent or unreadable, or tensors are missing, unexpected, mis-shaped or
+            not floating point; all are listed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    directory = Path(directory)
+    expected = _expected(config, _read_json(directory / CONFIG)["vocab_size"])
+    weights: dict[str, Tensor] = {}
+    problems: list[str] = []
+    found: set[str] = set()
+    for file in _weight_files(directory):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  safe_open is no mapping
+                    if name.endswith("rotary_emb.inv_freq"):  # early Llama files stored what the configuration says
+                        continue
+                    if name in found:
+                        problems.append(f"{name}: in more than one file, again in {file.name}")
+                    found.add(name)
+                    view = tensors.get_slice(name)
+                    shape, dtype = tuple(view.get_shape()), view.get_dtype()
+                    if name == HEAD and config.tied:
+                        pass  # a copy of the embedding, compared below
+                    elif name not in expected:
+                        problems.append(f"{name}: unexpected, of shape {shape}")
+                        continue
+                    elif shape != expected[name]:
+                        problems.append(f"{name}: shape {shape}, {expected[name]} expected")
+                        continue
+                    if dtype not in DTYPES:
+                        problems.append(f"{name}: dtype {dtype}, one of {', '.join(DTYPES)} expected")
+                    elif not problems:
+                        weights[name] = tensors.get_tensor(name).to(torch.float32)
+        except (SafetensorError, OSError) as error:
+            raise HuggingFaceError(f"{file} cannot be read ({error}): truncated or damaged. Copy it again.") from error
+    problems += [f"{name}: missing" for name in expected if name not in found]
+    if not problems and config.tied and HEAD in weights and not torch.equal(weights.pop(HEAD), weights[EMBEDDING]):
+        problems.append(f"{HEAD}: differs from {EMBEDDING}, but {CONFIG} says tie_word_embeddings")
+    if problems:
+        raise HuggingFaceError(
+            f"{directory} does not hold the weights that its {CONFIG} describes:\n  "
+            + "\n  ".join(sorted(problems))
+            + "\nCopy the directory again, or mend its configuration."
+        )
+    return {name: weights[name] for name in expected}
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / INDEX).is_file():
+        names = sorted(set(_read_json(directory / INDEX).get("weight_map", {}).values()))
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing or not names:
+            raise HuggingFaceError(
+                f"{directory / INDEX} names files that are not there: {_listed(missing)}. Copy them too."
+            )
+        return [directory / name for name in names]
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    pickles = [f.name for f in directory.iterdir() if f.suffix in PICKLES]
+    if pickles:
+        raise HuggingFaceError(
+            f"{directory} holds its weights as pickle files ({_listed(pickles)}). They are refused, unopened: loading "
+            f"one can run code. Convert them to {WEIGHTS} where you trust them: "
+            "transformers' save_pretrained writes it."
+        )
+    raise HuggingFaceError(f"{directory} holds no weights: neither {WEIGHTS} nor {INDEX}.")
+
+
+def extend_vocabulary(weights: Mapping[str, Tensor], vocabulary: int) -> dict[str, Tensor]:
+    """Weights whose embedding, and head where there is one, have at least `vocabulary` rows.
+
+    New rows are the mean of the old ones, so that the model gives a new token about the probability of an average
+    one and all others keep theirs (Hewitt 2021, "Initializing new word embeddings for pretrained language models").
+    Surplus rows, as models padded to a round number have them, stay.
+    """
+    extended = dict(weights)
+    for name in (EMBEDDING, HEAD):
+        if name in weights and (new := vocabulary - weights[name].shape[0]) > 0:
+            old_VN = weights[name]
+            mean_N = old_VN.mean(0, dtype=torch.float64).to(old_VN.dtype)
+            extended[name] = torch.cat([old_VN, mean_N.expand(new, -1)])
+    return extended
+
+
+def write(
+    directory: str | Path,
+    config: DecoderConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer: "Tokenizer",
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a directory that transformers, vLLM and `read_weights` load. `config.json` comes last.
+
+    Args:
+        directory: made if need be; weights that are there are replaced.
+        config: the architecture.
+        weights: every parameter, in the dtype that shall be written.
+        tokenizer: written beside them.
+        max_shard_bytes: largest weight file; one tensor is never split.
+
+    Raises:
+        HuggingFaceError: tensors are missing, unexpected or mis-shaped, the tokenizer has more tokens than the
+            embedding rows, or no Hugging Face architecture has these features together.
+    """
+    from safetensors.torch import save_file
+
+    directory = Path(directory)
+    vocabulary = weights[EMBEDDING].shape[0] if EMBEDDING in weights else 0
+    expected = _expected(config, vocabulary)
+    problems = [f"{name}: missing" for name in expected if name not in weights]
+    problems += [f"{name}: unexpected" for name in weights if name not in expected]
+    problems += [
+        f"{name}: shape {tuple(tensor.shape)}, {expected[name]} expected"
+        for name, tensor in weights.items()
+        if expected.get(name, tuple(tensor.shape)) != tuple(tensor.shape)
+    ]
+    if tokenizer.vocabulary > vocabulary:
+        problems.append(f"the tokenizer has {tokenizer.vocabulary} tokens, the embedding {vocabulary} rows")
+    if problems:
+        raise HuggingFaceError(f"These weights cannot be written to {directory}:\n  " + "\n  ".join(problems))
+    content = _config_json(config, weights, tokenizer)
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for stale in [directory / CONFIG, directory / INDEX, *directory.glob("model*.safetensors")]:
+        stale.unlink(missing_ok=True)
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name in expected:
+        tensor = weights[name].detach().cpu().contiguous()
+        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], directory / WEIGHTS, metadata={"format": "pt"})
+    else:
+        index: dict[str, str] = {}
+        for number, shard in enumerate(shards, start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            save_file(shard, directory / file, metadata={"format": "pt"})
+            index |= dict.fromkeys(shard, file)
+        total = sum(weights[name].nbytes for name in expected)
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+    tokenizer.save(directory)
+    _write_json(directory / CONFIG, content)
+
+
+def architecture(config: DecoderConfig) -> str:
+    """The `model_type` that has this configuration's features.
+
+    Raises:
+        HuggingFaceError: none has.
+    """
+    biases = (config.qkv_bias, config.output_bias)
+    if config.qk_norm and biases in ((False, False), (True, True)) and not config.mlp_bias:
+        return "qwen3"
+    if not config.qk_norm and biases == (True, False) and not config.mlp_bias:
+        return "qwen2"
+    if not config.qk_norm and biases in ((False, False), (True, True)) and config.hidden % config.heads == 0:
+        return "llama"
+    raise HuggingFaceError(
+        f"No Hugging Face architecture has these together: qk_norm={config.qk_norm}, qkv_bias={config.qkv_bias}, "
+        f"output_bias={config.output_bias}, mlp_bias={config.mlp_bias}, hidden={config.hidden}, heads={config.heads}. "
+        "Qwen3 has qk_norm without mlp_bias; Qwen2 has qkv_bias alone; Llama has qkv_bias and output_bias both or "
+        "neither, and heads that divide hidden."
+    )
+
+
+def _config_json(config: DecoderConfig, weights: Mapping[str, Tensor], tokenizer: "Tokenizer") -> dict[str, Any]:
+    kind = architecture(config)
+    rope: dict[str, Any] = {"rope_type": config.rope.scaling, "rope_theta": config.rope.theta}
+    if config.rope.scaling != "default":
+        rope["factor"] = config.rope.factor
+    if config.rope.scaling == "llama3":
+        rope["low_freq_factor"] = config.rope.low_frequency_factor
+        rope["high_freq_factor"] = config.rope.high_frequency_factor
+        rope["original_max_position_embeddings"] = config.rope.original_positions
+    content = {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "vocab_size": weights[EMBEDDING].shape[0],
+        "hidden_size": config.hidden,
+        "intermediate_size": config.intermediate,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "rope_parameters": rope,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos,
+        "pad_token_id": tokenizer.pad,
+        "dtype": str(weights[EMBEDDING].dtype).removeprefix("torch."),
+    }
+    if kind != "qwen2":
+        content["attention_bias"] = config.qkv_bias
+    if kind == "llama":
+        content["mlp_bias"] = config.mlp_bias
+    else:
+        content["use_sliding_window"] = False
+    return content
+
+
+def _expected(config: DecoderConfig, vocabulary: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter."""
+    with torch.device("meta"):
+        model = config.build(vocabulary)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise HuggingFaceError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise HuggingFaceError(f"{file} holds a {type(content).__name__}, but a JSON object was expected.")
+    return content
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _listed(names: Iterable[str], most: int = 8) -> str:
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "nothing"

@@ -23,6 +23,7 @@ from train.models.cache import Cache, LayerCache
 from train.models.dropout import dropout, keys_of_layers
 from train.models.logprobs import logprobs
 from train.models.rope import SCALINGS, Rope, rotate
+from train.models.seeds import derived_seed
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -296,10 +297,7 @@ def initialise(model: Decoder, seed: int) -> None:
         else:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 0.02 / math.sqrt(2 * model.config.layers) if residual else 0.02
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            full.normal_(
-                0.0, std, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-            )
+            full.normal_(0.0, std, generator=torch.Generator().manual_seed(derived_seed(seed, name)))
         if isinstance(parameter, DTensor):
             moved = full.to(parameter.device)
             parameter.copy_(distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None))

@@ -1,0 +1,193 @@
+"""From the figures of a step to log lines: read one step late, agreed by all ranks, never waiting for the device."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from conf.errors import LongrunError
+from data_pipeline.batch import MicroBatch
+from parallel.engine import StepResult
+from train.metrics.base import Metrics, Value
+from train.progress import Progress
+from train.throughput import Clock, peak_memory
+
+
+class DivergedError(LongrunError):
+    """Loss or gradient norm were not finite for more steps in a row than allowed."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What turns counts into figures.
+
+    Args:
+        flops_per_token: of the forward and backward pass.
+        peak_flops: FLOP/s of all devices together.
+    """
+
+    flops_per_token: float
+    peak_flops: float
+
+
+@dataclass
+class _Pending:
+    """A step whose figures are on their way to the host."""
+
+    step: int
+    learning_rate: float
+    names: list[str]
+    figures: Tensor
+    copied: torch.cuda.Event | None
+    shared: Tensor
+    agreed: dist.Work | None
+
+
+class Monitor:
+    """Reads the results of training steps, one step after they were made.
+
+    Args:
+        progress: tokens, samples and skipped steps are counted into it.
+        metrics: where lines go; with no sinks on all ranks but the first.
+        clock: tells evaluation, which is left out of the throughput.
+        rates: see there.
+        steps: of the whole run.
+        log_every: steps between lines.
+        max_skipped: steps in a row that may be skipped.
+        copies: ranks that see the same samples (world size / data-parallel ranks).
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        metrics: Metrics,
+        clock: Clock,
+        rates: Rates,
+        *,
+        steps: int,
+        log_every: int,
+        max_skipped: int,
+        copies: int,
+    ):
+        self.progress = progress
+        self.metrics = metrics
+        self.clock = clock
+        self.rates = rates
+        self.steps = steps
+        self.log_every = log_every
+        self.max_skipped = max_skipped
+        self.copies = copies
+        self.last: dict[str, Value] = {}
+        """The newest line."""
+        self.stop = False
+        """Whether a rank was asked to stop; the same on all ranks."""
+        self._pending: _Pending | None = None
+        # Small sums of every step; their own group, so that they never interleave with the step's collectives.
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        self._line = self._now()
+        self._steady: tuple[float, int] | None = None
+        self._read = 0
+
+    def record(
+        self, step: int, result: StepResult, micro_batches: Sequence[MicroBatch], learning_rate: float, stop: bool
+    ) -> None:
+        """Take note of a step and read the one before.
+
+        Args:
+            step: steps done, this one included.
+            micro_batches: what this rank trained on.
+            stop: whether this rank was asked to stop.
+
+        Raises:
+            DivergedError: too many steps in a row were skipped.
+        """
+        self._read_pending()
+        names = ["loss", "weight", "grad_norm", "skipped", *result.metrics]
+        scalars = [result.loss, result.weight, result.grad_norm, result.skipped, *result.metrics.values()]
+        figures = torch.stack([s.detach().double() for s in scalars]).to("cpu", non_blocking=True)
+        copied = None
+        if result.loss.is_cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+        samples = sum(batch.tokens_BL.shape[0] for batch in micro_batches)
+        tokens = sum(int((batch.documents_BL >= 0).sum()) for batch in micro_batches)
+        shared = torch.tensor([tokens, samples, stop], dtype=torch.int64)
+        agreed = dist.all_reduce(shared, group=self._group, async_op=True) if self._group else None
+        self._pending = _Pending(step, learning_rate, names, figures, copied, shared, agreed)
+
+    def flush(self) -> None:
+        """Read what is pending, so that `progress` is that of the last step."""
+        self._read_pending()
+
+    def _read_pending(self) -> None:
+        if (pending := self._pending) is None:
+            return
+        self._pending = None
+        if pending.copied is not None:
+            pending.copied.synchronize()
+        if pending.agreed is not None:
+            pending.agreed.wait()
+        figures = dict(zip(pending.names, pending.figures.tolist(), strict=True))
+        tokens, samples, stop = pending.shared.tolist()
+        self.stop = self.stop or stop > 0
+        self.progress.tokens += tokens // self.copies
+        self.progress.samples += samples // self.copies
+        skipped = bool(figures.pop("skipped"))
+        if skipped:
+            self.progress.skipped.append(pending.step)
+        self._read += 1
+        if self._steady is None and self._read == 2:  # the first steps compile, allocate and fill the prefetch
+            self._steady = self._now()
+        if pending.step % self.log_every == 0 or pending.step in (1, self.steps) or skipped:
+            self._log(pending, figures, skipped)
+        if skipped and self.progress.skipped_in_a_row > self.max_skipped:
+            raise DivergedError(
+                f"loss or gradient norm was not finite in {self.progress.skipped_in_a_row} step(s) in a row, up to step "
+                f"{pending.step} (loss {figures['loss']}, norm {figures['grad_norm']}); stage.max_skipped="
+                f"{self.max_skipped} allows {self.max_skipped}. Lower the learning rate (optim, schedule) or stage.clip, "
+                "or look at the data of that step."
+            )
+
+    def _log(self, pending: _Pending, figures: dict[str, float], skipped: bool) -> None:
+        before, self._line = self._line, self._now()
+        tokens_per_s = self._rate(before, self._line)
+        seconds_per_token = 1 / tokens_per_s if tokens_per_s else 0.0
+        tokens_per_step = self.progress.tokens / pending.step
+        line: dict[str, Value] = {
+            "loss": figures.pop("loss"),
+            "lr": pending.learning_rate,
+            "grad_norm": figures.pop("grad_norm"),
+            **figures,
+            "samples": self.progress.samples,
+            "tokens": self.progress.tokens,
+            "tokens_per_s": tokens_per_s,
+            "mfu": self.mfu(tokens_per_s),
+            "memory_bytes": peak_memory(pending_device(pending)),
+            "eta_s": (self.steps - pending.step) * tokens_per_step * seconds_per_token,
+        }
+        if skipped:
+            line["skipped"] = 1
+        self.last = line
+        self.metrics.log(pending.step, line)
+
+    def _now(self) -> tuple[float, int]:
+        """Seconds of training so far, validation left out; tokens."""
+        idle = self.clock.seconds["evaluation"] + self.clock.seconds["profile"]
+        return time.perf_counter() - idle, self.progress.tokens
+
+    def _rate(self, before: tuple[float, int], after: tuple[float, int]) -> float:
+        return (after[1] - before[1]) / max(after[0] - before[0], 1e-9)
+
+    def mfu(self, tokens_per_s: float) -> float:
+        return tokens_per_s * self.rates.flops_per_token / self.rates.peak_flops
+
+    def summary(self) -> dict[str, Any]:
+        """Throughput since the third step of this process, where there were as many."""
+        tokens_per_s = self._rate(self._steady, self._now()) if self._steady and self._read > 2 else self.last.get(
+            "tokens_per_s", 0.0
+        )
+        return {"tokens_per_s": tokens_per_s, "mfu": self.mfu(float(tokens_per_s))}

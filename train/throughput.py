@@ -1,0 +1,150 @@
+"""How fast a run is, against what the device could do, and where its time goes.
+
+Model FLOPs utilisation (MFU; Chowdhery et al. 2022, arXiv:2204.02311, appendix B): tokens/s x FLOPs per token over the
+peak of all devices. FLOPs per token are those of one forward and backward pass (forward x 3) of the matrix products:
+linear layers and head, without the embedding lookup; attention counted half, as causal masks leave half of it.
+Recomputation is not counted.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+PEAK_BF16 = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "MI300X": 1307e12,
+}
+"""Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets; the first that fits counts."""
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s this rank could reach: from the data sheet where it is listed, else measured while all ranks measure, so
+    that ranks which share cores find their share."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for part, flops in PEAK_BF16.items():
+            if part in name:
+                return flops
+    if dist.is_initialized():
+        dist.barrier()
+    return measured_flops(device, dtype)
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of the fastest of the square matrix products that fit in `seconds`."""
+    size = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best, spent = float("inf"), 0.0
+    torch.mm(a, b)
+    while spent < seconds:
+        _synchronise(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        _synchronise(device)
+        took = time.perf_counter() - start
+        best, spent = min(best, took), spent + took
+    return 2 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes this process held: device memory on CUDA, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Clock:
+    """Where the loop's wall time goes, by what the host was doing.
+
+    `data` and `evaluation` are times the loop spent there; `checkpoint` is its stall. The rest is the step itself, of
+    which one profiled step tells the share of exposed communication: time with a collective under way and no compute.
+    """
+
+    def __init__(self, device: torch.device, profiled_step: int | None = None):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.start = time.perf_counter()
+        self._device = device
+        self._profiled_step = profiled_step
+        self._communication = 0.0
+
+    @property
+    def total_s(self) -> float:
+        return time.perf_counter() - self.start
+
+    @contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - start
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around one training step; the one that was chosen runs under the profiler."""
+        if number != self._profiled_step:
+            yield
+            return
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self._device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+            _synchronise(self._device)
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+            start = time.perf_counter()
+            yield
+            _synchronise(self._device)
+            took = time.perf_counter() - start
+        with self.on("profile"):
+            self._communication = exposed_communication(profile.events(), self._device.type) / took
+
+    def shares(self) -> dict[str, float]:
+        """Share of the wall time since the start; together 1."""
+        total = max(self.total_s, 1e-9)
+        shares = {name: self.seconds[name] / total for name in ("data", "checkpoint", "evaluation")}
+        step = max(0.0, 1 - sum(shares.values()))
+        return {**shares, "communication": step * self._communication, "compute": step * (1 - self._communication)}
+
+
+def exposed_communication(events: Iterable, device_type: str) -> float:
+    """Seconds in which a collective was under way while nothing was computed.
+
+    On CUDA both are kernels; on the CPU collectives are gloo's worker threads, compute is every innermost operator.
+    """
+    communication, compute = [], []
+    for event in events:
+        on_device = str(event.device_type).endswith("CUDA")
+        if on_device != (device_type == "cuda"):
+            continue
+        interval = (event.time_range.start, event.time_range.end)
+        if event.name.startswith("gloo:") or (on_device and "nccl" in event.name.lower()):
+            communication.append(interval)
+        elif on_device or (event.name.startswith("aten::") and not event.cpu_children):
+            compute.append(interval)
+    return (_covered(communication + compute) - _covered(compute)) * 1e-6
+
+
+def _covered(intervals: list[tuple[float, float]]) -> float:
+    """Length of the union."""
+    length, end = 0.0, float("-inf")
+    for left, right in sorted(intervals):
+        length += max(0.0, right - max(left, end))
+        end = max(end, right)
+    return length

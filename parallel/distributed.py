@@ -89,15 +89,14 @@ def place() -> Place:
     # Only srun sets the STEP variables: in the batch script itself, which is one process, they are absent.
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
         size = int(env["SLURM_STEP_NUM_TASKS"])
+        step = int(env.get("SLURM_JOB_ID", "0")) * 64 + int(env.get("SLURM_STEP_ID", "0"))
         return Place(
             rank=int(env["SLURM_PROCID"]),
             size=size,
             local_rank=int(env.get("SLURM_LOCALID", "0")),
             local_size=_tasks_on(env.get("SLURM_STEP_TASKS_PER_NODE", str(size)), int(env.get("SLURM_NODEID", "0"))),
             address=env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")),
-            port=int(
-                env.get("MASTER_PORT") or 20000 + (int(env["SLURM_JOB_ID"]) * 64 + int(env["SLURM_STEP_ID"])) % 20000
-            ),
+            port=int(env.get("MASTER_PORT") or 20000 + step % 10000),  # below the ports of outgoing connections
             launcher="srun",
         )
     return Place()

@@ -61,6 +61,8 @@ class Engine(Protocol):
     """Owns the model and the optimizer; every rank calls every method together."""
 
     device: torch.device
+    dp_rank: int
+    dp_size: int
 
     def train_step(self, micro_batches: Sequence[Any], objective: Any, learning_rate_factor: float) -> StepResult:
         """Forward, backward, clip, update. All ranks update or all skip.

@@ -7,6 +7,17 @@ from dataclasses import dataclass
 
 from conf.errors import Problem
 
+SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dual_pipe_v")
+"""Pipeline schedules, by the names that torch.distributed.pipelining's classes have in snake case."""
+
+UNSUPPORTED = {
+    "pp": "pipeline",
+    "cp": "context",
+    "tp": "tensor",
+    "ep": "expert",
+}
+"""Axes that have their place in the mesh already and arrive with the parallelism issue."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -48,4 +59,60 @@ class Layout:
 
     def problems(self, world_size: int, global_batch: int) -> list[Problem]:
         """All reasons why this layout cannot run on `world_size` processes with `global_batch` sequences a step."""
-        raise NotImplementedError  # replaced by the engine room
+        counts = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "virtual_stages", "micro_batches")
+        found = [
+            Problem(f"parallel.{key}", getattr(self, key), "must be at least 1")
+            for key in counts
+            if getattr(self, key) < 1
+        ]
+        if self.zero not in (0, 1, 2, 3):
+            found.append(Problem("parallel.zero", self.zero, "one of 0, 1, 2, 3"))
+        if self.schedule not in SCHEDULES:
+            found.append(Problem("parallel.schedule", self.schedule, f"one of {', '.join(SCHEDULES)}"))
+        found += [
+            Problem(f"parallel.{key}", getattr(self, key), f"{name} parallelism is not there yet; only {key}=1 works")
+            for key, name in UNSUPPORTED.items()
+            if getattr(self, key) > 1
+        ]
+        if self.pp == 1 and self.virtual_stages > 1:
+            found.append(
+                Problem("parallel.virtual_stages", self.virtual_stages, "needs pp > 1; with pp=1 it must be 1")
+            )
+        if any(getattr(self, key) < 1 for key in counts):
+            return found  # what follows divides by them
+        if self.zero and self.dp > 1 and self.dp_shard == 1:
+            fix = f"shares state among dp_shard=1 ranks, so nothing: use dp_shard={self.dp} dp_replicate=1, or zero=0"
+            found.append(Problem("parallel.zero", self.zero, fix))
+        return found + self._size_problems(world_size) + self._batch_problems(global_batch)
+
+    def _size_problems(self, world_size: int) -> list[Problem]:
+        if self.world_size == world_size:
+            return []
+        others = self.world_size // self.dp_shard
+        need = (
+            f"the layout (pp x dp_replicate x dp_shard x cp x tp) needs {self.world_size} processes, {world_size} run; "
+        )
+        fixes = [f"start {self.world_size} processes (torchrun --nproc-per-node, srun -n)"]
+        if world_size % others == 0:
+            fixes.insert(0, f"parallel.dp_shard={world_size // others}")
+        else:
+            fixes.insert(0, f"parallel.dp_shard={world_size} with the other axes at 1")
+        return [Problem("parallel.dp_shard", self.dp_shard, need + "use " + ", or ".join(fixes))]
+
+    def _batch_problems(self, global_batch: int) -> list[Problem]:
+        if global_batch < 1:
+            return [Problem("stage.global_batch", global_batch, "must be at least 1")]
+        parts = self.dp * self.micro_batches
+        if global_batch % parts == 0:
+            return []
+        nearest = sorted({max(parts, global_batch // parts * parts), -(-global_batch // parts) * parts})
+        fix = (
+            f"must be a multiple of {parts} = {self.dp} data-parallel ranks x {self.micro_batches} micro-batches; "
+            f"nearest: {' or '.join(map(str, nearest))}"
+        )
+        if global_batch % self.dp == 0:
+            share = global_batch // self.dp
+            fitting = [n for n in range(1, share + 1) if share % n == 0]
+            near = sorted(sorted(fitting, key=lambda n: abs(n - self.micro_batches))[:3])
+            fix += f"; or parallel.micro_batches={' or '.join(map(str, near))}"
+        return [Problem("stage.global_batch", global_batch, fix)]

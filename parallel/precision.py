@@ -1,0 +1,40 @@
+"""What is computed in bfloat16. Master weights, moments and reductions are fp32 always."""
+
+import torch
+import torch.distributed as dist
+
+from conf.errors import LongrunError
+
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
+class PrecisionError(LongrunError):
+    """No such compute precision."""
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than fp32 ones on this device: hardware does them, nothing emulates."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of weights and activations in forward and backward, the same on every rank.
+
+    Args:
+        precision: "auto" (bf16 where every rank's device has it natively, else fp32), "bf16" or "fp32".
+        device: where this rank computes.
+
+    Raises:
+        PrecisionError: another word.
+    """
+    if precision not in PRECISIONS:
+        raise PrecisionError(f"precision={precision!r}: one of {', '.join(PRECISIONS)}.")
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    native = torch.tensor(int(has_native_bf16(device)), device=device)
+    dist.all_reduce(native, op=dist.ReduceOp.MIN)
+    return torch.bfloat16 if native.item() else torch.float32

@@ -1,0 +1,54 @@
+"""Figures of a step, summed over micro-batches and ranks with one collective and without waiting for the device."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from parallel.engine import LossTerms
+
+
+class Sums:
+    """Running sums of an objective's terms. fp64: a weight may be more tokens than fp32 can count."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.terms: dict[str, Tensor] = {}
+
+    def add(self, terms: LossTerms) -> None:
+        """Add one micro-batch."""
+        for name, value in {"total": terms.total, "weight": terms.weight, **_prefixed(terms.metrics)}.items():
+            value = torch.as_tensor(value, device=self.device).detach().double()
+            self.terms[name] = self.terms[name] + value if name in self.terms else value
+
+    def over_ranks(self, **more: Tensor) -> dict[str, Tensor]:
+        """The sums over all data-parallel ranks, and those of further scalars; every rank gets the same bits."""
+        local = self.terms | more
+        names = sorted(local)
+        sums = torch.stack([local[name].double() for name in names])
+        dist.all_reduce(sums)  # all ranks are data-parallel ranks until other axes arrive
+        return dict(zip(names, sums.unbind(), strict=True))
+
+
+def means(sums: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and metrics: sums over the weight."""
+    weight = sums["weight"]
+    metrics = {name.removeprefix("metric."): sums[name] / weight for name in sums if name.startswith("metric.")}
+    return (sums["total"] / weight).float(), {name: value.float() for name, value in metrics.items()}
+
+
+def _prefixed(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"metric.{name}": value for name, value in metrics.items()}
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor; it shares the tensor's memory."""
+    with torch.no_grad():
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def squared_norm(gradients: list[Tensor]) -> Tensor:
+    """Sum of the squares of this rank's parts, in fp64."""
+    return torch.stack(torch._foreach_norm([local_of(g) for g in gradients])).double().square().sum()

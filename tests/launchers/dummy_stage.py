@@ -72,10 +72,11 @@ def main(config: DummyConfig, resolved: dict[str, Any]) -> int:
                 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
             case "ignores requests":
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        draft = Draft(directory, "dummy", recipe, inputs)
         print("working", flush=True)
         time.sleep(config.seconds)
         (directory / "out.txt").write_text(f"{config.value}")
-        Draft(directory, "dummy", recipe, inputs).publish("out.txt")
+        draft.publish("out.txt")
     return 0
 
 

@@ -1,0 +1,104 @@
+"""The graph: order, dependants, every problem at once, values that survive the command line."""
+
+from graphlib import CycleError
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launchers.graph import LifecycleConfig, StageSpec, quoted
+from launchers.local import Local
+
+
+def life(**stages: StageSpec) -> LifecycleConfig:
+    return LifecycleConfig(name="x", root="runs/x", stages=stages, launcher=Local())
+
+
+def stage(*needs: str, **others) -> StageSpec:
+    return StageSpec(command="json.tool", needs={f"key{i}": need for i, need in enumerate(needs)}, **others)
+
+
+def test_stages_come_after_what_they_need_and_otherwise_as_listed():
+    config = life(d=stage("b", "c"), c=stage("a"), b=stage("a/inside"), a=stage(), e=stage())
+    assert config.problems() == []
+    assert config.order() == ["a", "c", "b", "d", "e"]
+
+
+def test_a_list_of_needs_and_after_are_edges_too():
+    spec = StageSpec(needs={"sources": ["a", "b/model"]}, after=["c", "a"])
+    assert spec.inputs() == ["a", "b", "c"]
+    assert "sources=[runs/x/a,runs/x/b/model]" in spec.call(Path("runs/x"), "d")
+
+
+def test_a_call_names_options_values_inputs_and_the_directory():
+    spec = StageSpec(
+        "train", {"init_from": "pretrain"}, options={"stage": "sft"}, set={"optim": {"lr": 0.1}, "seed": 3}
+    )
+    assert spec.call(Path("runs/x"), "sft") == [
+        "train", "stage=sft", "optim.lr=0.1", "seed=3", "init_from=runs/x/pretrain", "run_dir=runs/x/sft",
+    ]  # fmt: skip
+
+
+def test_every_problem_is_named_at_once_with_key_value_and_fix():
+    config = LifecycleConfig(
+        name="x",
+        stages={
+            "pretrain": StageSpec(command="trian"),
+            "sft": StageSpec(
+                needs={"init_from": "pretrian"}, set={"init_from": "elsewhere", "run_dir": "mine"}, processes=0
+            ),
+            "Logs": StageSpec(),
+        },
+        launcher=Local(threads=-1),
+        parallel=0,
+        restarts=-1,
+    )
+    told = "\n".join(map(str, config.problems()))
+    for part in (
+        "stages.pretrain.command=trian",
+        "stages.sft.needs=pretrian: there is no such stage; did you mean 'pretrain'?",
+        "stages.sft.set.init_from",
+        "stages.sft.run_dir",
+        "stages.sft.processes=0",
+        "stages.Logs",
+        "launcher.threads=-1",
+        "parallel=0",
+        "restarts=-1",
+    ):
+        assert part in told, part
+
+
+def test_a_circle_is_shown():
+    config = life(a=stage("c"), b=stage("a"), c=stage("b"), d=stage())
+    [problem] = config.problems()
+    assert set(str(problem.found).split(" needs ")) == {"a", "b", "c"}
+    with pytest.raises(CycleError):
+        config.order()
+
+
+@pytest.mark.parametrize(
+    "value", ["null", "true", "1e5", "1_000", "nan", "Inf", "", " a ", "$x", "${oc.env:HOME}", "[a]", "{a:b}"]
+)
+def test_a_text_stays_a_text(value):
+    assert parsed(value) == value
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.recursive(
+        st.one_of(
+            st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(st.characters(codec="utf-8"))
+        ),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.from_regex(r"[a-z]{1,5}", fullmatch=True), inner)
+        ),
+    )
+)
+def test_a_value_is_the_same_after_the_command_line(value):
+    assert parsed(value) == value
+
+
+def parsed(value):
+    return OverridesParser.create().parse_override(f"key={quoted(value)}").value()

@@ -1,0 +1,186 @@
+"""Muon: momentum whose matrices are orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+
+Hidden matrices are updated by Muon; embeddings, head, norms and biases by AdamW. Update sizes follow Moonlight (Liu et
+al. 2025, arXiv:2502.16982, section 2.2), so that one learning rate serves both.
+
+Shape suffixes: M rows, N columns.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from conf.errors import Problem
+from conf.registry import register
+from parallel.matrices import map_whole
+from parallel.precision import PRECISIONS, has_native_bf16
+from parallel.reduce import local_of
+from train.optim.adamw import adam_problems, split_by_decay
+
+if TYPE_CHECKING:
+    from train.config import RunConfig
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic; chosen by Jordan for the steepest slope at 0, at the price of singular values in 0.7 to 1.2."""
+
+SCALES: dict[str, Callable[[int, int], float]] = {
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "original": lambda rows, columns: math.sqrt(max(1, rows / columns)),
+}
+
+
+@register("optim", "muon")
+@dataclass(frozen=True)
+class Muon:
+    """Orthogonalised momentum for hidden matrices, AdamW for the rest.
+
+    Args:
+        lr: base learning rate of the matrices; the schedule multiplies it.
+        momentum: decay of the mean of gradients, per step.
+        scale: factor on each matrix's update: "match_rms_adamw" (0.2 sqrt(max(rows, columns)): the size of AdamW's
+            updates, so its learning rates fit) or "original" (sqrt(max(1, rows / columns)); lr is then about 0.02).
+        iterations: of Newton and Schulz.
+        precision: of the iteration: "auto" (bf16 where the device has it natively), "bf16", "fp32".
+        adam_lr: base learning rate of all other parameters.
+        beta1: AdamW's decay of the mean of gradients, per step.
+        beta2: AdamW's decay of the mean of squared gradients, per step.
+        eps: AdamW's; added to the root of the mean square.
+        weight_decay: share of each weight removed per step, in units of the learning rate. Norms, biases and embeddings
+            are not decayed.
+    """
+
+    lr: float = 1e-3
+    momentum: float = 0.95
+    scale: str = "match_rms_adamw"
+    iterations: int = 5
+    precision: str = "auto"
+    adam_lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def problems(self, config: "RunConfig", world_size: int) -> list[Problem]:
+        """Values outside their range."""
+        found = adam_problems(self)
+        if self.adam_lr <= 0:
+            found.append(Problem("optim.adam_lr", self.adam_lr, "must be above 0, for instance 1e-3"))
+        if not 0 <= self.momentum < 1:
+            found.append(Problem("optim.momentum", self.momentum, "must be in [0, 1)"))
+        if self.iterations < 1:
+            found.append(Problem("optim.iterations", self.iterations, "must be at least 1; 5 is usual"))
+        if self.scale not in SCALES:
+            found.append(Problem("optim.scale", self.scale, f"one of {', '.join(SCALES)}"))
+        if self.precision not in PRECISIONS:
+            found.append(Problem("optim.precision", self.precision, f"one of {', '.join(PRECISIONS)}"))
+        return found
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of all parameters that train; matrices inside `model.blocks` are Muon's."""
+        hidden = {id(p) for p in model.blocks.parameters() if p.ndim == 2}  # type: ignore[union-attr]
+        decayed, others = split_by_decay(model)
+        matrices = [p for p in decayed.values() if id(p) in hidden]
+        rest = [p for p in decayed.values() if id(p) not in hidden]
+        adam: list[dict[str, Any]] = [
+            {"params": rest, "weight_decay": self.weight_decay},
+            {"params": list(others.values()), "weight_decay": 0.0},
+        ]
+        return MuonWithAdamW(
+            matrices,
+            torch.optim.AdamW(
+                [group for group in adam if group["params"]],
+                lr=self.adam_lr,
+                betas=(self.beta1, self.beta2),
+                eps=self.eps,
+                fused=True,
+            ),
+            self,
+        )
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Both in one: the first parameter group is Muon's, the others are those of `adam`.
+
+    As fused optimizers of torch do, it divides gradients by `grad_scale` and leaves everything as it is where
+    `found_inf` is 1; both are scalars on the device, set before `step`.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(self, matrices: list[nn.Parameter], adam: torch.optim.AdamW, options: Muon):
+        super().__init__(matrices, {"lr": options.lr, "weight_decay": options.weight_decay})
+        self.adam = adam
+        self.options = options
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+        self.param_groups += adam.param_groups
+        adam.state = self.state
+        auto = options.precision == "auto" and has_native_bf16(matrices[0].device)
+        self.iterate_in = torch.bfloat16 if auto or options.precision == "bf16" else torch.float32
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        self.adam.grad_scale, self.adam.found_inf = self.grad_scale, self.found_inf  # type: ignore[attr-defined]
+        self.adam.step()
+        matrices = [p for p in self.param_groups[0]["params"] if p.grad is not None]
+        if matrices:
+            self._step_matrices(matrices, self.param_groups[0])
+
+    def _step_matrices(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
+        device = matrices[0].device
+        scale = torch.ones((), device=device) if self.grad_scale is None else self.grad_scale
+        skipped = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
+        taken = 1 - skipped
+        looking_ahead = []
+        for matrix in matrices:
+            state = self.state[matrix]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(matrix)
+            momentum = local_of(state["momentum_buffer"])
+            gradient = local_of(matrix.grad)  # type: ignore[arg-type]
+            # Where the step is skipped the gradient may be nan: the momentum takes its place, and so stays.
+            gradient = torch.where(skipped > 0, momentum, gradient / scale)
+            momentum.lerp_(gradient, 1 - self.options.momentum)
+            looking_ahead.append(_sharded_as(matrix, gradient.lerp_(momentum, self.options.momentum)))  # Nesterov's
+        updates = map_whole(self._orthogonal, looking_ahead)
+        for matrix, update in zip(matrices, updates, strict=True):
+            rows, columns = matrix.shape
+            weight = local_of(matrix)
+            weight.mul_(1 - group["lr"] * group["weight_decay"] * taken)
+            weight.sub_(update * (group["lr"] * SCALES[self.options.scale](rows, columns) * taken))
+
+    def _orthogonal(self, matrix_MN: Tensor) -> Tensor:
+        return orthogonalise(matrix_MN, self.options.iterations, self.iterate_in)
+
+
+def _sharded_as(like: Tensor, local: Tensor) -> Tensor:
+    """`local` as this rank's part of a tensor that is sharded as `like` is."""
+    if not isinstance(like, DTensor):
+        return local
+    return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+
+
+def orthogonalise(matrix_MN: Tensor, iterations: int, dtype: torch.dtype) -> Tensor:
+    """Nearly the nearest matrix with orthonormal rows or columns: U V' of the singular value decomposition U S V'.
+
+    Newton-Schulz on singular values s in (0, 1]: s <- a s + b s^3 + c s^5, by matrix products only.
+
+    Args:
+        matrix_MN: any matrix; the result has its dtype.
+        iterations: 5 bring singular values of 1e-2 and more into 0.7 to 1.2.
+        dtype: of the products.
+    """
+    a, b, c = COEFFICIENTS
+    wide = matrix_MN.shape[0] <= matrix_MN.shape[1]
+    x = (matrix_MN if wide else matrix_MN.T).to(dtype)
+    x = x / x.norm().clamp(min=1e-7)  # the largest singular value is at most 1
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.T).to(matrix_MN.dtype)

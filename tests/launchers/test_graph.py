@@ -85,17 +85,12 @@ def test_a_text_stays_a_text(value):
     assert parsed(value) == value
 
 
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8"))
+KEYS = st.from_regex(r"[a-z]{1,5}", fullmatch=True)
+
+
 @settings(max_examples=60, deadline=None)
-@given(
-    st.recursive(
-        st.one_of(
-            st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(st.characters(codec="utf-8"))
-        ),
-        lambda inner: (
-            st.lists(inner, max_size=3) | st.dictionaries(st.from_regex(r"[a-z]{1,5}", fullmatch=True), inner)
-        ),
-    )
-)
+@given(st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner)))
 def test_a_value_is_the_same_after_the_command_line(value):
     assert parsed(value) == value
 

@@ -1,0 +1,192 @@
+"""Token shards: Megatron's `.bin/.idx` pair, memory-mapped, and not used before it is whole.
+
+`.bin` is the tokens of all documents, one after the other. `.idx` is: magic (9 bytes), version (u64), dtype code (u8),
+number of sequences (u64), number of document bounds (u64), then length of each sequence in tokens (i32), its byte
+offset (i64), and the document bounds in sequences (i64). Here a document is one sequence and ends with the
+end-of-text token.
+
+Shape suffixes: D documents, T tokens of the shard.
+"""
+
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conf.errors import LongrunError
+from data_pipeline.artifact import Artifact, sha256_of
+from data_pipeline.tokenizer import Tokenizer
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES: dict[int, type[np.integer]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
+"""Megatron's dtype codes; its floating-point ones (6, 7) cannot hold tokens."""
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+CHECKSUMMED_BYTES = 256 * 2**20
+"""Files up to this size are read through once when they are opened (0.2 s); larger ones are compared by size alone,
+and by `Artifact.verify` when that is asked for."""
+
+
+class ShardError(LongrunError):
+    """A shard is missing, cut short, damaged, or made for another tokenizer or vocabulary."""
+
+
+def merge(pieces: Sequence["Shard"], stem: Path) -> None:
+    """Write the documents of all pieces, in order, as one shard `<stem>.bin`, `<stem>.idx`.
+
+    Both appear under their names only when they are whole, the index last.
+
+    Args:
+        pieces: one or more shards of the same dtype.
+        stem: path without ending.
+    """
+    (dtype,) = {piece.dtype for piece in pieces}
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with open(_ending(stem, ".bin.part"), "wb") as tokens:
+        for piece in pieces:
+            with open(_ending(piece.stem, ".bin"), "rb") as source:
+                shutil.copyfileobj(source, tokens, 2**24)
+        tokens.flush()
+        os.fsync(tokens.fileno())
+    lengths_D = np.concatenate([piece.lengths_D for piece in pieces])
+    starts_D = np.cumsum(lengths_D, dtype=np.int64) - lengths_D
+    with open(_ending(stem, ".idx.part"), "wb") as index:
+        index.write(HEADER.pack(MAGIC, VERSION, CODES[dtype], len(lengths_D), len(lengths_D) + 1))
+        index.write(lengths_D.astype(np.int32).tobytes())
+        index.write((starts_D * np.dtype(dtype).itemsize).tobytes())
+        index.write(np.arange(len(lengths_D) + 1, dtype=np.int64).tobytes())
+        index.flush()
+        os.fsync(index.fileno())
+    for ending in (".bin", ".idx"):
+        os.replace(_ending(stem, ending + ".part"), _ending(stem, ending))
+
+
+class Shard:
+    """A memory-mapped shard whose two files fit each other.
+
+    Args:
+        stem: path without ending.
+
+    Raises:
+        ShardError: a file is missing, is no Megatron shard, is cut short, or index and tokens contradict each other.
+    """
+
+    def __init__(self, stem: str | Path):
+        self.stem = Path(stem)
+        index, tokens = _ending(self.stem, ".idx"), _ending(self.stem, ".bin")
+        if absent := [str(f) for f in (index, tokens) if not f.exists()]:
+            raise ShardError(f"{' and '.join(absent)} missing; build the corpus again with `python -m data_pipeline`.")
+        size = index.stat().st_size
+        if size < HEADER.size:
+            raise ShardError(
+                f"{index} has {size} bytes, a header alone has {HEADER.size}; it was cut short. Build it again."
+            )
+        with open(index, "rb") as stream:
+            magic, version, code, sequences, bounds = HEADER.unpack(stream.read(HEADER.size))
+        if magic != MAGIC or version != VERSION:
+            raise ShardError(
+                f"{index} is no Megatron index: it begins with {magic!r}, version {version}; "
+                f"{MAGIC!r}, version {VERSION} was expected. Give a corpus that `python -m data_pipeline` wrote."
+            )
+        if code not in DTYPES:
+            raise ShardError(f"{index} has dtype code {code}, tokens have one of {sorted(DTYPES)}; build it again.")
+        expected = HEADER.size + 12 * sequences + 8 * bounds
+        if size != expected:
+            raise ShardError(f"{index} has {size} bytes, its header promises {expected}; it was cut. Build it again.")
+        self.dtype: type[np.integer] = DTYPES[code]
+        width = np.dtype(self.dtype).itemsize
+        self.lengths_D: NDArray[np.int32] = _mapped(index, np.int32, HEADER.size, sequences)
+        offsets_D = _mapped(index, np.int64, HEADER.size + 4 * sequences, sequences)
+        self.ends_D: NDArray[np.int64] = np.cumsum(self.lengths_D, dtype=np.int64)
+        """Position in the token stream where each document ends (exclusive)."""
+        count = int(self.ends_D[-1]) if sequences else 0
+        if not np.array_equal(offsets_D, (self.ends_D - self.lengths_D) * width) or (self.lengths_D < 0).any():
+            raise ShardError(f"{index}: lengths and offsets contradict each other; it is damaged. Build it again.")
+        found = tokens.stat().st_size
+        if found != count * width:
+            raise ShardError(
+                f"{tokens} has {found} bytes, its index promises {count} tokens of {width} bytes = {count * width}; "
+                "it was cut short or belongs to another index. Build it again."
+            )
+        self.tokens_T: NDArray[np.integer] = _mapped(tokens, self.dtype, 0, count)
+
+    @property
+    def documents(self) -> int:
+        return len(self.lengths_D)
+
+    def document(self, number: int) -> NDArray[np.integer]:
+        """The tokens of one document, end-of-text included."""
+        end = int(self.ends_D[number])
+        return self.tokens_T[end - int(self.lengths_D[number]) : end]
+
+    def chunks(self) -> Iterable[NDArray[np.integer]]:
+        """All tokens, in pieces that fit in memory."""
+        for begin in range(0, len(self.tokens_T), 2**24):
+            yield self.tokens_T[begin : begin + 2**24]
+
+
+def open_shard(path: str | Path, split: str, tokenizer: Tokenizer) -> tuple[Shard, Artifact]:
+    """A split of a corpus artifact, checked against its manifest and against the tokenizer that will be used.
+
+    Raises:
+        ArtifactError: `path` is no finished corpus.
+        ShardError: the split does not exist, was damaged after it was made, or was made with another tokenizer.
+    """
+    artifact = Artifact.read(path, kind="corpus")
+    splits = artifact.metrics["splits"]
+    if split not in splits:
+        raise ShardError(f"{path} has no split {split!r}; it has {', '.join(sorted(splits))}.")
+    made_with = artifact.facts["tokenizer"]
+    if made_with["fingerprint"] != tokenizer.fingerprint:
+        raise ShardError(
+            f"{path} was tokenised with tokenizer {made_with['fingerprint']} ({made_with['vocabulary']} ids), but "
+            f"{tokenizer.source} is {tokenizer.fingerprint} ({tokenizer.vocabulary} ids): the numbers would mean other "
+            f"words. Use the tokenizer in {Path(path) / 'tokenizer'}, or build the corpus with "
+            f"`corpus.tokenizer={tokenizer.source}`."
+        )
+    if splits[split]["largest_token"] >= tokenizer.vocabulary:
+        raise ShardError(
+            f"{path} holds token {splits[split]['largest_token']}, the vocabulary ends at {tokenizer.vocabulary - 1}; "
+            "build the corpus again with this tokenizer."
+        )
+    stem = Path(path) / "shards" / split
+    for ending in (".idx", ".bin"):
+        file = _ending(stem, ending)
+        record = artifact.files.get(f"shards/{file.name}")
+        if record is None:
+            raise ShardError(f"{file} is not in the manifest of {path}: it comes from elsewhere. Build it again.")
+        if not file.exists():
+            raise ShardError(f"{file} is missing, its manifest lists it; build the corpus again.")
+        if (found := file.stat().st_size) != record["bytes"]:
+            raise ShardError(
+                f"{file} has {found} bytes, its manifest says {record['bytes']}: it was cut short or replaced. "
+                "Build the corpus again."
+            )
+        if found <= CHECKSUMMED_BYTES and sha256_of(file) != record["sha256"]:
+            raise ShardError(
+                f"{file} is not the file that was made (its checksum differs from the manifest's): it was damaged or "
+                "replaced. Build the corpus again."
+            )
+    return Shard(stem), artifact
+
+
+def _mapped(file: Path, dtype: type[np.integer], offset: int, count: int) -> NDArray:
+    if not count:
+        return np.zeros(0, dtype)
+    return np.memmap(file, mode="r", dtype=dtype, offset=offset, shape=(count,))
+
+
+def _ending(stem: Path, ending: str) -> Path:
+    return stem.with_name(stem.name + ending)

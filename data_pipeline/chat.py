@@ -130,14 +130,13 @@ def encode(tokenizer: "Tokenizer", messages: Sequence[Message], first: int = 0) 
 def _render(
     tokenizer: "Tokenizer", messages: Sequence[Message], *, generation_prompt: bool, marked: bool
 ) -> tuple[str, list[tuple[int, int]]]:
+    from jinja2.exceptions import TemplateError as JinjaError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     if not tokenizer.chat_template:
         raise _template_error(tokenizer, "is missing. Put a chat_template.jinja beside tokenizer.json.")
-    from jinja2.exceptions import TemplateError as JinjaError
-
     try:
-        texts, spans = render_jinja_template(  # type: ignore[str-unpack]  # annotated as str, returns both
+        rendered: Any = render_jinja_template(
             conversations=[list(messages)],
             chat_template=tokenizer.chat_template,
             add_generation_prompt=generation_prompt,
@@ -147,6 +146,7 @@ def _render(
     except JinjaError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise _template_error(tokenizer, f"fails on a conversation of [{roles}]: {error}.") from error
+    texts, spans = rendered
     return texts[0], list(spans[0]) if marked else []
 
 

@@ -36,7 +36,7 @@ def read_records(directory: str | Path, stem: str, faults: Callable[[Any], list[
     if not file.exists():
         present = ", ".join(sorted(f.name for f in Path(directory).glob("*.jsonl"))) or "no .jsonl file"
         raise EmptySetError(
-            f"{file} does not exist; {directory} holds {present}. Give the directory of a chat artifact."
+            f"{file} does not exist; the directory holds {present}. Give the directory of a chat artifact."
         )
     records, bad = [], []
     with open(file, encoding="utf-8") as stream:

@@ -18,7 +18,8 @@ MARKED = (
 )
 FORGETFUL = (
     "{%- for message in messages %}{{- message['role'] + ': ' }}"
-    "{%- if loop.last or message['role'] != 'assistant' %}{{- message['content'] }}{%- endif %}{{- '<|im_end|>' }}{%- endfor %}"
+    "{%- if loop.last or message['role'] != 'assistant' %}{{- message['content'] }}{%- endif %}"
+    "{{- '<|im_end|>' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- 'assistant: ' }}{%- endif %}"
 )
 """Leaves out what the assistant said before the last turn, as reasoning models' templates do with their thoughts."""
@@ -203,7 +204,7 @@ def test_an_empty_or_absent_file_is_refused(tmp_path):
 
 def test_conversations_that_all_drop_out_are_an_empty_set(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", chats(3))
-    with pytest.raises(EmptySetError, match="none of 3 conversations fits data.sequence_length=4"):
+    with pytest.raises(EmptySetError, match=r"none of 3 conversations fits data\.sequence_length=4"):
         ChatData(path=str(tmp_path), sequence_length=4).open("train", tokenizer(), 0)
 
 

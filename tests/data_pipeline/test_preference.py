@@ -59,7 +59,7 @@ def test_pairs_too_long_are_dropped_or_cut_and_those_cut_alike_dropped(tmp_path)
     cut = opened(tmp_path, [*PAIRS, long, differ], sequence_length=64, overlong="truncate")
     assert cut.counts == {"pairs": 3, "truncated": 1, "dropped": 1}
     assert cut.micro_batch([2]).tokens_BL.shape == (2, 64)
-    with pytest.raises(EmptySetError, match="none of 1 pairs fits data.sequence_length=64"):
+    with pytest.raises(EmptySetError, match=r"none of 1 pairs fits data\.sequence_length=64"):
         opened(tmp_path, [long], sequence_length=64, overlong="truncate")
 
 

@@ -7,7 +7,8 @@ from tests.data_pipeline.chats import CONVERSATION, tokenizer
 from tests.data_pipeline.test_chat import MARKED
 
 LLAMA_LIKE = (
-    "{{- eos_token }}{%- for m in messages %}{{- '[' + m.role + ']\\n\\n' + m.content | trim + '<|im_end|>' }}{% endfor %}"
+    "{{- eos_token }}{%- for m in messages %}"
+    "{{- '[' + m.role + ']\\n\\n' + m.content | trim + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{- '[assistant]\\n\\n' }}{% endif %}"
 )
 INDENTED = """

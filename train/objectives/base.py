@@ -1,4 +1,7 @@
-"""What every objective shares: it turns log-probabilities into a sum and a weight."""
+"""What every objective shares: it turns log-probabilities into a sum and a weight.
+
+Shape suffixes: B sequences, L tokens.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IGNORED",
+    "CrossEntropy",
     "Engine",
     "LossTerms",
     "MicroBatch",
@@ -47,6 +51,13 @@ class Objective:
     def loss(self, outputs: Outputs, micro_batch: MicroBatch) -> LossTerms:
         """Sum of the losses of one micro-batch and the number of terms."""
         raise NotImplementedError
+
+
+class CrossEntropy(Objective):
+    """Minus the log-probability of every label, in nats per token: each token of a step weighs the same."""
+
+    def loss(self, outputs: Outputs, micro_batch: MicroBatch) -> LossTerms:
+        return LossTerms(total=-outputs.logprobs_BL.sum(), weight=(micro_batch.labels_BL != IGNORED).sum())
 
 
 def keyed(seed: int, sample: int) -> np.random.Generator:

@@ -16,8 +16,7 @@ import torch
 
 from conf.errors import Problem
 from conf.registry import register
-from train.objectives.base import IGNORED, MicroBatch, keyed
-from train.objectives.clm import CausalLM
+from train.objectives.base import IGNORED, CrossEntropy, MicroBatch, keyed
 
 if TYPE_CHECKING:
     from data_pipeline.tokenizer import Tokenizer
@@ -27,7 +26,7 @@ SENTINELS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 @register("objective", "fim")
 @dataclass(frozen=True)
-class FillInTheMiddle(CausalLM):
+class FillInTheMiddle(CrossEntropy):
     """Cross-entropy over every token, sentinels included, in nats per token; documents left alone are plain causal
     language modelling, so ability from left to right is kept ("FIM for free", section 3).
 

@@ -12,8 +12,7 @@ import torch
 
 from conf.errors import Problem
 from conf.registry import register
-from train.objectives.base import IGNORED, MicroBatch, keyed
-from train.objectives.clm import CausalLM
+from train.objectives.base import IGNORED, CrossEntropy, MicroBatch, keyed
 
 if TYPE_CHECKING:
     from data_pipeline.tokenizer import Tokenizer
@@ -24,7 +23,7 @@ MASKED, RANDOM = 0.8, 0.1
 
 @register("objective", "mlm")
 @dataclass(frozen=True)
-class MaskedLM(CausalLM):
+class MaskedLM(CrossEntropy):
     """Cross-entropy over the chosen positions, in nats per token. Special tokens and padding are never chosen.
 
     Args:

@@ -23,7 +23,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,11 +127,9 @@ class Checkpoints:
         self.keep = keep
         self.stall_s = 0.0
         """Seconds that the loop waited for saves."""
-        distributed = dist.is_initialized() and dist.get_world_size() > 1
         # Collectives of the writing thread must not interleave with those of the training step.
-        self._group = dist.new_group(backend="gloo") if distributed else None
-        self._rank = dist.get_rank() if distributed else 0
-        self._ranks = dist.get_world_size() if distributed else 1
+        self._group = dist.new_group(backend="gloo")
+        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         cuda = torch.cuda.is_available()
         self._stager = DefaultStager(
             StagingOptions(
@@ -147,6 +145,9 @@ class Checkpoints:
     def due(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
 
+    def path(self, step: int) -> Path:
+        return path_of(self.directory, step)
+
     @property
     def newest(self) -> int | None:
         """The newest committed step."""
@@ -161,14 +162,13 @@ class Checkpoints:
         """
         self.wait()
         start = time.perf_counter()
-        if not path_of(self.directory, step).exists():
+        if not self.path(step).exists():
             writer = _Writer(self.directory, step, dict(trainer), self.keep)
             handle: Any = dcp.async_save(
                 state,
                 storage_writer=writer,
                 process_group=self._group,
                 async_stager=self._stager,
-                no_dist=self._group is None,
             )
             # Some releases of torch answer with an object that also tells when the copy is done.
             needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
@@ -219,7 +219,7 @@ class Checkpoints:
         """
         passed_over = []
         for step in reversed(steps(self.directory)):
-            checkpoint = path_of(self.directory, step)
+            checkpoint = self.path(step)
             reasons = self._gather(damage(checkpoint, self._rank, self._ranks))
             if not reasons:
                 self._load(checkpoint, state)
@@ -235,8 +235,6 @@ class Checkpoints:
         return None
 
     def _gather(self, mine: list[str]) -> list[str]:
-        if self._group is None:
-            return mine
         gathered: list[list[str]] = [[] for _ in range(self._ranks)]
         dist.all_gather_object(gathered, mine, group=self._group)
         return sorted({reason for reasons in gathered for reason in reasons})
@@ -248,17 +246,16 @@ class Checkpoints:
             lacking, surplus = sorted(set(state) - set(stored)), sorted(set(stored) - set(state))
             raise CheckpointError(
                 f"{checkpoint} holds the state of another run: it lacks {', '.join(lacking[:3]) or 'nothing'} and has "
-                f"{', '.join(surplus[:3]) or 'nothing'} beyond what this configuration trains. Give the configuration it "
-                "was written with, or another run_dir."
+                f"{', '.join(surplus[:3]) or 'nothing'} beyond what this configuration trains. Give the configuration "
+                "it was written with, or another run_dir."
             )
-        dcp.load(state, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+        dcp.load(state, storage_reader=reader, process_group=self._group)
 
     def close(self) -> None:
-        """Wait for the save under way and let go of the host copies."""
-        try:
-            self.wait()
-        finally:
-            self._stager.close()
+        """Let a save under way come to its end, whichever, and let go of the host copies."""
+        if self._pending is not None:
+            wait([self._pending.future])
+        self._stager.close()
 
 
 @dataclass(frozen=True)

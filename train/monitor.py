@@ -40,11 +40,12 @@ class _Pending:
 
     step: int
     learning_rate: float
+    training_s: float
     names: list[str]
     figures: Tensor
     copied: torch.cuda.Event | None
     shared: Tensor
-    agreed: dist.Work | None
+    agreed: dist.Work
 
 
 class Monitor:
@@ -59,6 +60,7 @@ class Monitor:
         log_every: steps between lines.
         max_skipped: steps in a row that may be skipped.
         copies: ranks that see the same samples (world size / data-parallel ranks).
+        device: whose memory is shown.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Monitor:
         log_every: int,
         max_skipped: int,
         copies: int,
+        device: torch.device,
     ):
         self.progress = progress
         self.metrics = metrics
@@ -81,16 +84,17 @@ class Monitor:
         self.log_every = log_every
         self.max_skipped = max_skipped
         self.copies = copies
+        self.device = device
         self.last: dict[str, Value] = {}
         """The newest line."""
         self.stop = False
         """Whether a rank was asked to stop; the same on all ranks."""
         self._pending: _Pending | None = None
         # Small sums of every step; their own group, so that they never interleave with the step's collectives.
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
-        self._line = self._now()
-        self._steady: tuple[float, int] | None = None
-        self._read = 0
+        self._group = dist.new_group(backend="gloo")
+        self._marks = [(self._training_s(), progress.tokens)]
+        """(seconds of training, tokens) at the start and after each step that was read."""
+        self._line = self._marks[0]
 
     def record(
         self, step: int, result: StepResult, micro_batches: Sequence[MicroBatch], learning_rate: float, stop: bool
@@ -106,18 +110,19 @@ class Monitor:
             DivergedError: too many steps in a row were skipped.
         """
         self._read_pending()
-        names = ["loss", "weight", "grad_norm", "skipped", *result.metrics]
-        scalars = [result.loss, result.weight, result.grad_norm, result.skipped, *result.metrics.values()]
+        names = ["loss", "grad_norm", "skipped", *result.metrics]
+        scalars = [result.loss, result.grad_norm, result.skipped, *result.metrics.values()]
         figures = torch.stack([s.detach().double() for s in scalars]).to("cpu", non_blocking=True)
         copied = None
         if result.loss.is_cuda:
             copied = torch.cuda.Event()
             copied.record()
-        samples = sum(batch.tokens_BL.shape[0] for batch in micro_batches)
+        samples = sum(len(batch.samples_B.unique()) for batch in micro_batches)  # a pair is one sample
         tokens = sum(int((batch.documents_BL >= 0).sum()) for batch in micro_batches)
         shared = torch.tensor([tokens, samples, stop], dtype=torch.int64)
-        agreed = dist.all_reduce(shared, group=self._group, async_op=True) if self._group else None
-        self._pending = _Pending(step, learning_rate, names, figures, copied, shared, agreed)
+        agreed = dist.all_reduce(shared, group=self._group, async_op=True)
+        assert agreed is not None
+        self._pending = _Pending(step, learning_rate, self._training_s(), names, figures, copied, shared, agreed)
 
     def flush(self) -> None:
         """Read what is pending, so that `progress` is that of the last step."""
@@ -129,8 +134,7 @@ class Monitor:
         self._pending = None
         if pending.copied is not None:
             pending.copied.synchronize()
-        if pending.agreed is not None:
-            pending.agreed.wait()
+        pending.agreed.wait()
         figures = dict(zip(pending.names, pending.figures.tolist(), strict=True))
         tokens, samples, stop = pending.shared.tolist()
         self.stop = self.stop or stop > 0
@@ -139,24 +143,21 @@ class Monitor:
         skipped = bool(figures.pop("skipped"))
         if skipped:
             self.progress.skipped.append(pending.step)
-        self._read += 1
-        if self._steady is None and self._read == 2:  # the first steps compile, allocate and fill the prefetch
-            self._steady = self._now()
+        self._marks.append((pending.training_s, self.progress.tokens))
         if pending.step % self.log_every == 0 or pending.step in (1, self.steps) or skipped:
             self._log(pending, figures, skipped)
         if skipped and self.progress.skipped_in_a_row > self.max_skipped:
             raise DivergedError(
-                f"loss or gradient norm was not finite in {self.progress.skipped_in_a_row} step(s) in a row, up to step "
-                f"{pending.step} (loss {figures['loss']}, norm {figures['grad_norm']}); stage.max_skipped="
-                f"{self.max_skipped} allows {self.max_skipped}. Lower the learning rate (optim, schedule) or stage.clip, "
-                "or look at the data of that step."
+                f"loss or gradient norm was not finite in {self.progress.skipped_in_a_row} step(s) in a row, up to "
+                f"step {pending.step} (loss {figures['loss']}, norm {figures['grad_norm']}); stage.max_skipped="
+                f"{self.max_skipped} allows {self.max_skipped}. Lower the learning rate (optim, schedule) or "
+                "stage.clip, or look at the data of that step."
             )
 
     def _log(self, pending: _Pending, figures: dict[str, float], skipped: bool) -> None:
-        before, self._line = self._line, self._now()
-        tokens_per_s = self._rate(before, self._line)
-        seconds_per_token = 1 / tokens_per_s if tokens_per_s else 0.0
-        tokens_per_step = self.progress.tokens / pending.step
+        before, self._line = self._line, self._marks[-1]
+        tokens_per_s = _rate(before, self._line)
+        tokens_left = self.progress.tokens / pending.step * (self.steps - pending.step)
         line: dict[str, Value] = {
             "loss": figures.pop("loss"),
             "lr": pending.learning_rate,
@@ -166,28 +167,27 @@ class Monitor:
             "tokens": self.progress.tokens,
             "tokens_per_s": tokens_per_s,
             "mfu": self.mfu(tokens_per_s),
-            "memory_bytes": peak_memory(pending_device(pending)),
-            "eta_s": (self.steps - pending.step) * tokens_per_step * seconds_per_token,
+            "memory_bytes": peak_memory(self.device),
+            "eta_s": tokens_left / max(tokens_per_s, 1e-9),
         }
         if skipped:
             line["skipped"] = 1
         self.last = line
         self.metrics.log(pending.step, line)
 
-    def _now(self) -> tuple[float, int]:
-        """Seconds of training so far, validation left out; tokens."""
-        idle = self.clock.seconds["evaluation"] + self.clock.seconds["profile"]
-        return time.perf_counter() - idle, self.progress.tokens
-
-    def _rate(self, before: tuple[float, int], after: tuple[float, int]) -> float:
-        return (after[1] - before[1]) / max(after[0] - before[0], 1e-9)
+    def _training_s(self) -> float:
+        """A clock that stands still during validations."""
+        return time.perf_counter() - self.clock.seconds["evaluation"] - self.clock.seconds["profile"]
 
     def mfu(self, tokens_per_s: float) -> float:
         return tokens_per_s * self.rates.flops_per_token / self.rates.peak_flops
 
-    def summary(self) -> dict[str, Any]:
-        """Throughput since the third step of this process, where there were as many."""
-        tokens_per_s = self._rate(self._steady, self._now()) if self._steady and self._read > 2 else self.last.get(
-            "tokens_per_s", 0.0
-        )
-        return {"tokens_per_s": tokens_per_s, "mfu": self.mfu(float(tokens_per_s))}
+    def summary(self) -> dict[str, float]:
+        """Throughput over all steps of this process but the first two, which compile, allocate and fill the prefetch."""
+        tokens_per_s = _rate(self._marks[min(2, max(0, len(self._marks) - 2))], self._marks[-1])
+        return {"tokens_per_s": tokens_per_s, "mfu": self.mfu(tokens_per_s)}
+
+
+def _rate(before: tuple[float, int], after: tuple[float, int]) -> float:
+    """Tokens per second between two marks."""
+    return (after[1] - before[1]) / max(after[0] - before[0], 1e-9)

@@ -16,6 +16,7 @@ class Progress:
         seconds: wall time of the run so far, over all restarts.
         best_validation_loss: the lowest so far, in the objective's unit.
         validations_without_gain: validations since that one.
+        validated: step of the newest validation that is counted in these two.
         skipped: the steps that were skipped for a loss or norm that was not finite.
         inputs: fingerprint of what the run reads (tokens, tokenizer, initial weights): it must be the same on resume.
     """
@@ -26,6 +27,7 @@ class Progress:
     seconds: float = 0.0
     best_validation_loss: float = math.inf
     validations_without_gain: int = 0
+    validated: int = -1
     skipped: list[int] = field(default_factory=list)
     inputs: dict[str, str] = field(default_factory=dict)
 
@@ -43,3 +45,13 @@ class Progress:
         while count < len(self.skipped) and self.skipped[-1 - count] == self.skipped[-1] - count:
             count += 1
         return count
+
+    def count_validation(self, step: int, loss: float) -> None:
+        """Take note of a validation; one that is repeated after a restart counts once."""
+        if step <= self.validated:
+            return
+        self.validated = step
+        if loss < self.best_validation_loss:
+            self.best_validation_loss, self.validations_without_gain = loss, 0
+        else:
+            self.validations_without_gain += 1

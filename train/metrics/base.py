@@ -1,7 +1,8 @@
 """Where figures go: any number of sinks at once, none of which can stop the run."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,23 +53,27 @@ class Metrics:
     def __init__(self, loggers: Mapping[str, Logger], run: Run):
         self._sinks: dict[str, Sink] = {}
         for name, logger in loggers.items():
-            self._guarded(name, lambda name=name, logger=logger: self._sinks.update({name: logger.open(run)}))
+            with self._spared(name):
+                self._sinks[name] = logger.open(run)
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
         for name, sink in list(self._sinks.items()):
-            self._guarded(name, lambda sink=sink: sink.log(step, values))
+            with self._spared(name):
+                sink.log(step, values)
 
     def close(self, summary: Mapping[str, Value]) -> None:
         for name, sink in list(self._sinks.items()):
-            self._guarded(name, lambda sink=sink: sink.close(summary))
+            with self._spared(name):
+                sink.close(summary)
         self._sinks = {}
 
-    def _guarded(self, name: str, action: Callable[[], object]) -> None:
+    @contextmanager
+    def _spared(self, name: str) -> Iterator[None]:
         try:
-            action()
+            yield
         except Exception as error:  # noqa: BLE001  a tracker's failure, whatever it is, must not cost the run
             self._sinks.pop(name, None)
-            warnings.warn(f"logger {name} failed and is left out from here on: {error!r}", stacklevel=3)
+            warnings.warn(f"logger {name} failed and is left out from here on: {error!r}", stacklevel=4)
 
 
 def numbers(values: Mapping[str, Value]) -> Iterable[tuple[str, float]]:

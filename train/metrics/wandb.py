@@ -1,8 +1,12 @@
 """Weights & Biases: online with a key, offline without, and the same run after every restart."""
 
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from netrc import NetrcParseError, netrc
+from typing import Any
+from urllib.parse import urlparse
 
 from conf.registry import register
 from data_pipeline.artifact import write_atomically
@@ -36,9 +40,12 @@ def mode() -> str:
     """What WANDB_MODE asks for; without it, online where there is a key."""
     if asked := os.environ.get("WANDB_MODE"):
         return asked
-    import wandb
-
-    return "online" if wandb.api.api_key else "offline"
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        stored = netrc().authenticators(host)
+    except (OSError, NetrcParseError):
+        stored = None
+    return "online" if stored or os.environ.get("WANDB_API_KEY") else "offline"
 
 
 class _Tracker:
@@ -47,8 +54,9 @@ class _Tracker:
 
         id_file = run.directory / ID_FILE
         if run.resumed_step == 0 or not id_file.exists():
-            write_atomically(id_file, wandb.util.generate_id())
-        start = {
+            write_atomically(id_file, secrets.token_hex(4))
+        start: dict[str, Any] = {
+            "mode": mode(),
             "project": option.project,
             "entity": option.entity or None,
             "name": run.name,
@@ -59,9 +67,9 @@ class _Tracker:
             "settings": wandb.Settings(init_timeout=option.timeout_s, silent=True, console="off"),
         }
         try:
-            self._run = wandb.init(mode=mode(), **start)
+            self._run = wandb.init(**start)
         except wandb.errors.CommError:  # a key, but no way to the server
-            self._run = wandb.init(mode="offline", **start)
+            self._run = wandb.init(**{**start, "mode": "offline"})
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

@@ -1,10 +1,21 @@
 """Stages that change weights: pre-training, SFT, DPO. They differ in their data and objective only."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conf.errors import OccupiedError, Problem
 from conf.registry import register
-from train.stages.base import Stage
+from data_pipeline.artifact import finished, locked
+from parallel import distributed
+from parallel.precision import PRECISIONS
+from train import checkpoint
+from train.rundir import check_same, check_unfinished, recipe, together, write_config
+from train.session import CHECKPOINTS, Session
+from train.signals import StopSignals
+from train.stages.base import DONE, Stage
+from train.start import Start
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -51,5 +62,65 @@ class Training(Stage):
     max_skipped: int = 0
     log_every: int = 1
 
+    def problems(self, config: "RunConfig", world_size: int) -> list[Problem]:
+        """Values outside their range, and a layout that does not fit."""
+        found = []
+        for key in ("steps", "validation_batches", "keep", "log_every"):
+            if getattr(self, key) < 1:
+                found.append(Problem(f"stage.{key}", getattr(self, key), "must be at least 1"))
+        for key in ("clip", "validate_every", "patience", "checkpoint_every", "max_skipped"):
+            if getattr(self, key) < 0:
+                found.append(Problem(f"stage.{key}", getattr(self, key), "must be at least 0"))
+        if not 0 <= self.ema < 1:
+            found.append(Problem("stage.ema", self.ema, "a decay in [0, 1), for instance 0.999"))
+        if self.precision not in PRECISIONS:
+            found.append(Problem("stage.precision", self.precision, f"one of {', '.join(PRECISIONS)}"))
+        if self.patience > 0 and self.validate_every == 0:
+            found.append(Problem("stage.patience", self.patience, "needs validations: set stage.validate_every, or 0"))
+        return found + config.parallel.problems(world_size, self.global_batch)
+
     def run(self, config: "RunConfig", resolved: dict[str, Any]) -> int:
-        raise NotImplementedError
+        """Train, or go on with training, until the artifact is there.
+
+        Returns:
+            DONE, or STOPPED_EARLY after a stop signal.
+
+        Raises:
+            LiveRunError: another process writes run_dir.
+            OccupiedError: run_dir holds a run of another configuration or of other inputs.
+            DivergedError: see stage.max_skipped.
+            CheckpointError: a checkpoint cannot be written or read.
+        """
+        with ExitStack() as stack:
+            signals = stack.enter_context(StopSignals())
+            world = distributed.start()
+            stack.callback(distributed.stop)
+            directory = Path(config.run_dir)
+            with together():
+                if world.rank == 0:
+                    stack.enter_context(locked(directory))
+            with together():
+                start = Start.of(config)
+                done = finished(directory, self.kind, recipe(resolved), start.inputs)
+                if done is None:
+                    self._check_directory(directory, config, resolved)
+                elif world.rank == 0:
+                    done.verify()
+            if done is not None:
+                if world.rank == 0:
+                    print(f"{directory} is finished ({done.id}): nothing to do", flush=True)
+                return DONE
+            if world.rank == 0:
+                write_config(directory, resolved)
+            return Session(self, config, resolved, world, start, directory, stack).run(signals)
+
+    def _check_directory(self, directory: Path, config: "RunConfig", resolved: dict[str, Any]) -> None:
+        check_unfinished(directory, resolved)
+        found = checkpoint.steps(directory / CHECKPOINTS)
+        if found and config.resume == "never":
+            raise OccupiedError(
+                f"{directory} holds checkpoints up to step {found[-1]}, and resume=never. Give another run_dir, or "
+                "resume=auto to go on with them."
+            )
+        if found:
+            check_same(directory, resolved)

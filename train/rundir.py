@@ -1,0 +1,143 @@
+"""A run directory: held by one run, of one configuration, and agreed on by all ranks."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from conf.errors import LongrunError, OccupiedError
+from data_pipeline.artifact import MANIFEST, Artifact, write_atomically
+
+CONFIG = "config.yaml"
+IRRELEVANT = (
+    "run_dir",
+    "name",
+    "resume",
+    "dry_run",
+    "parallel",
+    "logger",
+    "eval",
+    "export",
+    "data.path",
+    "init_from",
+    "stage.compile",
+    "stage.checkpoint_every",
+    "stage.keep",
+    "stage.log_every",
+    "stage.max_skipped",
+)
+"""Keys that may differ between a run and its continuation: they change where and how it is computed, or name inputs
+whose content is compared instead."""
+
+
+def recipe(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that decides what a run makes, as flat keys."""
+    return {
+        key: value
+        for key, value in _flat(resolved).items()
+        if not any(key == name or key.startswith(name + ".") for name in IRRELEVANT)
+    }
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def check_same(directory: Path, resolved: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that another configuration began.
+
+    Raises:
+        OccupiedError: names each key that differs, with both values.
+    """
+    file = directory / CONFIG
+    if not file.exists():
+        return
+    stored = OmegaConf.to_container(OmegaConf.load(file))
+    assert isinstance(stored, dict)
+    before, now = recipe(stored), recipe(resolved)  # type: ignore[arg-type]
+    absent = "absent"
+    differing = [
+        f"{key}: {before.get(key, absent)!r} there, {now.get(key, absent)!r} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, absent) != now.get(key, absent)
+    ]
+    if differing:
+        raise OccupiedError(
+            f"{directory} holds a run of another configuration:\n  " + "\n  ".join(differing) + "\n"
+            "Give these keys their values from there to go on with it, or another run_dir to begin anew."
+        )
+
+
+def check_inputs(directory: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse to go on with a run whose inputs have changed since.
+
+    Raises:
+        OccupiedError: names each input that differs.
+    """
+    differing = [
+        f"{name}: {before.get(name, 'none')} then, {now.get(name, 'none')} now"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if differing:
+        raise OccupiedError(
+            f"{directory} holds a run on other inputs (fingerprints):\n  " + "\n  ".join(differing) + "\n"
+            "Put the inputs back to go on with it, or give another run_dir to begin anew."
+        )
+
+
+def check_unfinished(directory: Path, resolved: Mapping[str, Any]) -> None:
+    """Refuse to write over a finished artifact that this run would not make.
+
+    Raises:
+        OccupiedError: says what it was made from.
+    """
+    if not (directory / MANIFEST).exists():
+        return
+    check_same(directory, resolved)
+    artifact = Artifact.read(directory)
+    made_from = ", ".join(f"{name} {i['id']}" for name, i in artifact.inputs.items()) or "nothing"
+    raise OccupiedError(
+        f"{directory} holds a finished {artifact.kind!r} made from other inputs ({made_from}). "
+        "Give another run_dir, or move that one away."
+    )
+
+
+def write_config(directory: Path, resolved: Mapping[str, Any]) -> None:
+    write_atomically(directory / CONFIG, OmegaConf.to_yaml(OmegaConf.create(dict(resolved))))
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """All ranks leave the block well, or all leave the run. For blocks without collectives in them: the error of one
+    rank would leave the others waiting at their next one.
+
+    Raises:
+        LongrunError: of this rank, if it is the first to have it.
+        SystemExit: the error is another rank's, which reports it.
+    """
+    mine: LongrunError | None = None
+    try:
+        yield
+    except LongrunError as error:
+        mine = error
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        told: list[tuple[str, int] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, (str(mine), mine.exit_code) if mine else None)
+        first = next((rank for rank, error in enumerate(told) if error), None)
+        if first is not None and first != dist.get_rank():
+            others = told[first]
+            assert others is not None
+            if mine is None or str(mine) == others[0]:
+                raise SystemExit(others[1])
+    if mine is not None:
+        raise mine

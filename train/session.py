@@ -1,0 +1,276 @@
+"""One process's part of a training run: from the model to the manifest."""
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.artifact import Draft
+from data_pipeline.loader import Loader
+from parallel.distributed import World
+from parallel.precision import compute_dtype
+from train import checkpoint
+from train.loop import End, Loop, Validation
+from train.metrics.base import Metrics, Run
+from train.models import hf
+from train.monitor import DivergedError, Monitor, Rates
+from train.objectives.base import MicroBatch, Samples
+from train.objectives.clm import CausalLM
+from train.progress import Progress
+from train.rundir import check_inputs, recipe, together
+from train.signals import StopSignals
+from train.stages.base import DONE, STOPPED_EARLY
+from train.start import Start
+from train.throughput import Clock, peak_flops, peak_memory
+
+if TYPE_CHECKING:
+    from train.config import RunConfig
+    from train.stages.training import Training
+
+CHECKPOINTS = "checkpoints"
+MODEL = "model"
+SETUP = "setup"
+"""What objectives keep for restarts."""
+
+PROFILED_STEP = 3
+"""After compilation and the filling of the prefetch."""
+
+
+class Session:
+    """Built in order: data, engine, objective, checkpoint. All ranks build theirs together.
+
+    Args:
+        stage: what is trained how long.
+        config: the whole configuration, typed.
+        resolved: the same as plain values, for records.
+        world: this process among the others.
+        start: tokenizer, architecture, weights.
+        directory: the run directory, which rank 0 holds.
+        stack: what is opened here is closed with it.
+    """
+
+    def __init__(
+        self,
+        stage: "Training",
+        config: "RunConfig",
+        resolved: dict[str, Any],
+        world: World,
+        start: Start,
+        directory: Path,
+        stack: ExitStack,
+    ):
+        self.stage, self.config, self.resolved = stage, config, resolved
+        self.world, self.start, self.directory, self.stack = world, start, directory, stack
+        self.started_s = time.time()
+        self.first = world.rank == 0
+        with together():
+            samples = config.data.open("train", start.tokenizer, config.seed)
+            held_out = config.data.open("validation", start.tokenizer, config.seed)
+        self.inputs = {**start.fingerprints, "samples": samples.fingerprint}
+        self.checkpoints = checkpoint.Checkpoints(
+            directory / CHECKPOINTS, every=stage.checkpoint_every, keep=stage.keep
+        )
+        stack.callback(self.checkpoints.close)
+        self.engine = config.engine.build(
+            start.build(),
+            config.parallel,
+            config.optim.build,
+            world=world,
+            precision=stage.precision,
+            compile=stage.compile,
+            clip=stage.clip,
+            ema=stage.ema,
+            deterministic=stage.deterministic,
+            seed=config.seed,
+            initialise=partial(start.fill, seed=config.seed),
+        )
+        # Some objectives keep what the initial weights say; a new run must not find that of an abandoned one.
+        if self.first and self.checkpoints.newest is None:
+            shutil.rmtree(directory / SETUP, ignore_errors=True)
+        dist.barrier()
+        self.samples: Samples = config.objective.setup(self.engine, samples, directory / SETUP)
+        self.held_out: Samples = config.objective.setup(self.engine, held_out, directory / SETUP)
+        self.progress = self._resume()
+
+    def _resume(self) -> Progress:
+        """Go on from the newest checkpoint that verifies, or begin."""
+        state = self.checkpoints.restore(self.engine.state())
+        if state is None:
+            return Progress(inputs=self.inputs)
+        self.engine.loaded()
+        progress = Progress(**state)
+        with together():
+            check_inputs(self.directory, progress.inputs, self.inputs)
+        self._say(f"resumed from {self.checkpoints.path(progress.step)}")
+        return progress
+
+    def run(self, signals: StopSignals) -> int:
+        """Train, validate, write. Returns the exit code.
+
+        Raises:
+            DivergedError: names the last checkpoint.
+        """
+        loop = self._loop(signals)
+        try:
+            end = loop.run()
+        except DivergedError as error:
+            self.checkpoints.wait()
+            newest = self.checkpoints.newest
+            kept = (
+                f"The last checkpoint is {self.checkpoints.path(newest)}." if newest else "There is no checkpoint yet."
+            )
+            raise DivergedError(f"{error} {kept}") from None
+        with loop.clock.on("checkpoint"):
+            self.checkpoints.wait()
+        if end == End.ASKED:
+            self._say(
+                f"stopped at step {self.progress.step} of {self.stage.steps} on {signals.received or 'request'} "
+                "with a checkpoint; start the same command again to go on"
+            )
+            return STOPPED_EARLY
+        if end == End.NO_GAIN:
+            self._say(f"ended at step {self.progress.step}: {self.stage.patience} validations without a better loss")
+        self._publish(loop, loop.validation.run(self.progress.step))
+        return DONE
+
+    def _loop(self, signals: StopSignals) -> Loop:
+        stage, config, progress = self.stage, self.config, self.progress
+        run = Run(config.name, self.directory, self.resolved, stage.steps, progress.step)
+        metrics = Metrics(config.logger if self.first else {}, run)
+        self.stack.callback(metrics.close, {})
+        # Alone there is nothing to communicate with.
+        clock = Clock(self.world.device, progress.step + PROFILED_STEP if self.world.size > 1 else None)
+        monitor = Monitor(
+            progress,
+            metrics,
+            clock,
+            self._rates(),
+            steps=stage.steps,
+            log_every=stage.log_every,
+            max_skipped=stage.max_skipped,
+            copies=self.world.size // self.engine.dp_size,
+            device=self.world.device,
+        )
+        validation = Validation(
+            self.engine,
+            config.objective,
+            self._validation_batches(),
+            progress,
+            monitor,
+            every=stage.validate_every,
+            patience=stage.patience,
+            ema=stage.ema > 0,
+            bits_per_byte=self._bits_per_byte(),
+        )
+        return Loop(
+            engine=self.engine,
+            objective=config.objective,
+            loader=self._loader(self.samples),
+            schedule=config.schedule,
+            learning_rate=config.optim.lr,
+            steps=stage.steps,
+            progress=progress,
+            monitor=monitor,
+            checkpoints=self.checkpoints,
+            validation=validation,
+            clock=clock,
+            signals=signals,
+        )
+
+    def _loader(self, samples: Samples) -> Loader:
+        loader = Loader(
+            samples,
+            global_batch=self.stage.global_batch,
+            micro_batches=self.config.parallel.micro_batches,
+            dp_rank=self.engine.dp_rank,
+            dp_size=self.engine.dp_size,
+            seed=self.config.seed,
+            prepare=self._prepare(),
+        )
+        self.stack.callback(loader.close)
+        return loader
+
+    def _prepare(self) -> Callable[[MicroBatch], MicroBatch]:
+        objective, seed, tokenizer = self.config.objective, self.config.seed, self.start.tokenizer
+        return lambda micro_batch: objective.prepare(micro_batch, seed, tokenizer)
+
+    def _validation_batches(self) -> list[MicroBatch]:
+        """This rank's part of the first global batches of the held-out samples, none of them twice where they are
+        enough for one."""
+        count = max(1, min(self.stage.validation_batches, len(self.held_out) // self.stage.global_batch))
+        loader = self._loader(self.held_out)
+        batches = [micro_batch for number in range(count) for micro_batch in loader.batch(number)]
+        loader.close()
+        return batches
+
+    def _rates(self) -> Rates:
+        dtype = compute_dtype(self.stage.precision, self.world.device)
+        peak = torch.tensor(peak_flops(self.world.device, dtype), dtype=torch.float64)
+        dist.all_reduce(peak)
+        flops = self.start.architecture.flops_per_token(self.config.data.sequence_length, self.start.vocabulary)
+        return Rates(flops, float(peak))
+
+    def _bits_per_byte(self) -> float:
+        """From nats per token to bits per byte of the validation split, where the loss is over whole texts."""
+        split = self.start.inputs["data"].metrics.get("splits", {}).get("validation", {})
+        if not isinstance(self.config.objective, CausalLM) or not split.get("bytes"):
+            return 0.0
+        return float(split["tokens"] / split["bytes"] / math.log(2))
+
+    def _publish(self, loop: Loop, validation: dict[str, float]) -> None:
+        """Write the weights as a Hugging Face directory, then the manifest."""
+        memory = torch.tensor(peak_memory(self.world.device))
+        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        weights = self.engine.weights(ema=self.stage.ema > 0)
+        if self.first:
+            hf.write(self.directory / MODEL, self.start.architecture, weights, self.start.tokenizer)
+            summary = {
+                "steps": self.progress.step,
+                "samples": self.progress.samples,
+                "tokens": self.progress.tokens,
+                "loss": loop.monitor.last.get("loss", math.nan),
+                **validation,
+                "skipped_steps": len(self.progress.skipped),
+                **loop.monitor.summary(),
+                "peak_memory_bytes": int(memory),
+                "shares": loop.clock.shares(),
+            }
+            draft = Draft(
+                self.directory,
+                self.stage.kind,
+                recipe(self.resolved),
+                self.start.inputs,
+                metrics=summary,
+                facts={
+                    "processes": self.world.size,
+                    "device": self.world.device.type,
+                    "parameters": sum(weight.numel() for weight in weights.values()),
+                    "fingerprints": self.inputs,
+                },
+                started_s=self.started_s,
+                earlier_s=loop.earlier_s,
+            )
+            artifact = draft.publish(f"{MODEL}/**/*")
+            loop.monitor.metrics.close({name: value for name, value in summary.items() if name != "shares"})
+            self._say(_closing(artifact.path, summary))
+        dist.barrier()
+
+    def _say(self, text: str) -> None:
+        if self.first:
+            print(text, flush=True)
+
+
+def _closing(path: Path, summary: dict[str, Any]) -> str:
+    shares = "  ".join(f"{name} {share:.1%}" for name, share in summary["shares"].items())
+    return (
+        f"{path} is done: {summary['steps']} steps, {summary['tokens']:,} tokens, validation loss "
+        f"{summary['validation_loss']:.4f}\n{summary['tokens_per_s']:,.0f} tokens/s, MFU {summary['mfu']:.1%}, "
+        f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB a process; time: {shares}"
+    )

@@ -1,0 +1,128 @@
+"""What a training run starts from: a tokenizer, an architecture, weights."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from conf.errors import LongrunError
+from data_pipeline.artifact import MANIFEST, Artifact, fingerprint, sha256_of
+from data_pipeline.tokenizer import Tokenizer
+from train.models import hf
+from train.models.transformer import Decoder, DecoderConfig, initialise
+
+if TYPE_CHECKING:
+    from train.config import RunConfig
+
+
+class StartError(LongrunError):
+    """Tokenizer, model and data do not belong together."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Resolved from `data.path`, `init_from` and `model`.
+
+    Args:
+        tokenizer: the corpus's where it has one, else that of `init_from`.
+        architecture: that of `init_from` (with the dropout and attention kernel of `model`), else `model`.
+        vocabulary: rows of the embedding: the tokenizer's ids, and any surplus that `init_from` has.
+        weights: directory of the initial weights; None for random ones.
+        inputs: the artifacts this run reads, by name.
+        fingerprints: what they hold, by name; must not change while the run lasts.
+    """
+
+    tokenizer: Tokenizer
+    architecture: DecoderConfig
+    vocabulary: int
+    weights: Path | None
+    inputs: dict[str, Artifact]
+    fingerprints: dict[str, str]
+
+    @classmethod
+    def of(cls, config: "RunConfig") -> "Start":
+        """Read tokenizer and architecture, and check them against each other.
+
+        Raises:
+            StartError: no tokenizer, or the corpus's does not continue that of the model.
+        """
+        data = Path(config.data.path)
+        inputs = {"data": Artifact.read(data)}
+        fingerprints = {"data": inputs["data"].id}
+        own = Tokenizer.load(data / "tokenizer") if (data / "tokenizer").is_dir() else None
+        if not config.init_from:
+            if own is None:
+                raise StartError(
+                    f"data.path={data} brings no tokenizer and init_from is empty: set init_from to the model to go on "
+                    "from (a run directory, an export, or a Hugging Face directory), whose tokenizer is used."
+                )
+            fingerprints["tokenizer"] = own.fingerprint
+            return cls(own, config.model, own.vocabulary, None, inputs, fingerprints)
+        directory = hf.model_directory(config.init_from)
+        brought = Tokenizer.load(directory)
+        tokenizer = brought if own is None else own
+        if own is not None:
+            _continues(own, brought, data, directory)
+        if (Path(config.init_from) / MANIFEST).exists():
+            inputs["model"] = Artifact.read(config.init_from)
+        fingerprints |= {"tokenizer": tokenizer.fingerprint, "model": fingerprint_of(directory)}
+        # What only concerns training is this run's own choice.
+        architecture = replace(
+            hf.read_config(directory), dropout=config.model.dropout, attention=config.model.attention
+        )
+        rows = int(json.loads((directory / hf.CONFIG).read_text())["vocab_size"])
+        return cls(tokenizer, architecture, max(rows, tokenizer.vocabulary), directory, inputs, fingerprints)
+
+    def build(self) -> Decoder:
+        """The model without storage; `fill` gives it values once it is placed."""
+        with torch.device("meta"):
+            return self.architecture.build(self.vocabulary)
+
+    def fill(self, model: nn.Module, seed: int) -> None:
+        """Random weights by name and seed, or the initial ones with rows for tokens that the tokenizer gained."""
+        assert isinstance(model, Decoder)
+        if self.weights is None:
+            initialise(model, seed)
+        else:
+            weights = hf.read_weights(self.weights, self.architecture)
+            _copy_into(model, hf.extend_vocabulary(weights, self.vocabulary))
+
+
+def fingerprint_of(directory: Path) -> str:
+    """Of a Hugging Face directory: its configuration, and names, sizes and headers of its weight files."""
+    weights = sorted(directory.glob("*.safetensors"))
+    headers = []
+    for file in weights:
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            headers.append([file.name, file.stat().st_size, fingerprint(stream.read(min(length, 1 << 24)).hex())])
+    return fingerprint([sha256_of(directory / hf.CONFIG), headers])
+
+
+def _continues(own: Tokenizer, brought: Tokenizer, data: Path, model: Path) -> None:
+    """The corpus may have more tokens than the model, but those of the model must keep their ids."""
+    if own.fingerprint == brought.fingerprint:
+        return
+    ids = own.backend.get_vocab(with_added_tokens=True)
+    moved = [t for t, i in brought.backend.get_vocab(with_added_tokens=True).items() if ids.get(t) != i]
+    if moved:
+        raise StartError(
+            f"the tokenizer of {data} is not that of the model {model}, nor that one with tokens added: {len(moved)} "
+            f"of the model's {brought.vocabulary} tokens have no or another id there, for instance {moved[0]!r}. Make "
+            "the corpus with the model's tokenizer."
+        )
+
+
+@torch.no_grad()
+def _copy_into(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Every rank has the whole tensor and keeps its part."""
+    for name, parameter in model.named_parameters():
+        full = weights[name].to(parameter.device, parameter.dtype)
+        if isinstance(parameter, DTensor):
+            full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(full)

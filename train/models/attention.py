@@ -65,13 +65,16 @@ def visibility(
         key_documents_BS: document of each key where keys are more than queries (a cache); queries are the last ones.
 
     Raises:
-        AttentionError: flash-attn was asked for and is not installed, or there is no GPU for it.
+        AttentionError: flash-attn was asked for and is not installed, or there is no GPU for it; FlexAttention was
+            asked for on a CPU, with gradients.
     """
     if key_documents_BS is not None:
         return _cached_visibility(documents_BL, key_documents_BS, causal)
     if backend == "auto":
         backend = "sdpa" if documents_BL.device.type == "cpu" else "flex"
     if backend == "flex":
+        if documents_BL.device.type == "cpu" and torch.is_grad_enabled():
+            raise AttentionError("model.attention=flex has no backward pass on CPU; use model.attention=auto.")
         return Visibility(causal, _block_mask(documents_BL, causal))
     if backend == "flash":
         _flash()

@@ -198,9 +198,7 @@ def _weight_files(directory: Path) -> list[Path]:
         names = sorted(set(_read_json(directory / INDEX).get("weight_map", {}).values()))
         missing = [name for name in names if not (directory / name).is_file()]
         if missing or not names:
-            raise HuggingFaceError(
-                f"{directory / INDEX} names files that are not there: {_listed(missing)}. Copy them too."
-            )
+            raise HuggingFaceError(f"{directory / INDEX} names absent files: {_listed(missing)}. Copy them too.")
         return [directory / name for name in names]
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]

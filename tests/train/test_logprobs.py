@@ -1,0 +1,107 @@
+"""Log-probabilities fused with the head."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from train.models import logprobs as module
+from train.models.logprobs import logprobs
+
+
+def problem(rows: int = 37, width: int = 16, vocabulary: int = 53, dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    hidden_BLN = torch.randn(1, rows, width, generator=generator).to(dtype).requires_grad_()
+    head_VN = torch.randn(vocabulary, width, generator=generator).to(dtype).requires_grad_()
+    labels_BL = torch.randint(0, vocabulary, (1, rows), generator=generator)
+    return hidden_BLN, head_VN, labels_BL
+
+
+def reference(hidden_BLN: Tensor, head_VN: Tensor, labels_BL: Tensor) -> Tensor:
+    logprobs_BLV = (hidden_BLN @ head_VN.T).log_softmax(-1)
+    return logprobs_BLV.gather(-1, labels_BL.clamp(min=0)[..., None])[..., 0].masked_fill(labels_BL == -100, 0)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(module, "_chunks", lambda rows, *_: (slice(s, min(s + 5, rows)) for s in range(0, rows, 5)))
+
+
+@pytest.mark.parametrize("masked", ["none", "some", "all"])
+def test_values_and_gradients_are_those_of_log_softmax(small_chunks, masked):
+    hidden_BLN, head_VN, labels_BL = problem()
+    if masked != "none":
+        labels_BL[:, 3 if masked == "some" else 0 :: 2 if masked == "some" else 1] = -100
+    weight_BL = torch.randn(labels_BL.shape, generator=torch.Generator().manual_seed(1))
+    ours_BL, theirs_BL = (f(hidden_BLN, head_VN, labels_BL) for f in (logprobs, reference))
+    torch.testing.assert_close(ours_BL, theirs_BL, rtol=0, atol=1e-5)
+    ours, theirs = (torch.autograd.grad((v * weight_BL).sum(), (hidden_BLN, head_VN)) for v in (ours_BL, theirs_BL))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_passes_gradcheck(small_chunks):
+    hidden_BLN, head_VN, labels_BL = problem(7, 4, 9, torch.float64)
+    labels_BL[0, 2] = -100
+    torch.autograd.gradcheck(lambda h, w: logprobs(h, w, labels_BL), (hidden_BLN, head_VN))
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 2**30])
+def test_bf16_is_as_near_to_fp32_as_rounding_allows(small_chunks, monkeypatch, kept_bytes):
+    monkeypatch.setattr(module, "KEPT_BYTES", kept_bytes)
+    hidden_BLN, head_VN, labels_BL = problem(dtype=torch.bfloat16)
+    labels_BL[0, :5] = -100
+    exact = [t.detach().float().requires_grad_() for t in (hidden_BLN, head_VN)]
+    ours_BL, theirs_BL = logprobs(hidden_BLN, head_VN, labels_BL), reference(*exact, labels_BL)
+    assert ours_BL.dtype == torch.float32
+    torch.testing.assert_close(ours_BL, theirs_BL, rtol=0.01, atol=0.05)  # the logits themselves are rounded
+    ours = torch.autograd.grad(ours_BL.sum(), (hidden_BLN, head_VN))
+    theirs = torch.autograd.grad(theirs_BL.sum(), exact)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.float() - b).norm() / b.norm() < 0.01
+
+
+def test_a_label_of_vanishing_probability_has_a_finite_log():
+    hidden_BLN = torch.tensor([[[1.0]]])
+    head_VN = torch.tensor([[500.0], [-500.0], [500.0]])
+    found = logprobs(hidden_BLN, head_VN, torch.tensor([[1]]))
+    assert found.item() == pytest.approx(-1000 - torch.tensor(2.0).log().item())
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any fp32 tensor, and the rows of every product with the head."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.vocabulary, self.elements, self.rows = vocabulary, 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype == torch.float32:
+            self.elements = max(self.elements, result.numel())
+        if function == torch.ops.aten.mm.default and result.shape[-1] == self.vocabulary:
+            self.rows.append(result.shape[0])
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_wide_fp32_tensor_exists(small_chunks, dtype):
+    hidden_BLN, head_VN, labels_BL = problem(rows=400, dtype=dtype)
+    with Largest(53) as seen:
+        logprobs(hidden_BLN, head_VN, labels_BL).sum().backward()
+    assert seen.elements <= max(400 * 16, 53 * 16)  # that of the hidden states; B x L x V has 21,200
+
+
+def test_rows_without_a_label_are_not_computed():
+    hidden_BLN, head_VN, labels_BL = problem(rows=100, dtype=torch.bfloat16)
+    labels_BL[:, 10:] = -100
+    with Largest(53) as seen:
+        logprobs(hidden_BLN, head_VN, labels_BL).sum().backward()
+    assert seen.rows == [10]
+
+
+def test_nothing_is_kept_without_gradients():
+    hidden_BLN, head_VN, labels_BL = problem(dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert not logprobs(hidden_BLN, head_VN, labels_BL).requires_grad
+    assert logprobs(hidden_BLN, head_VN, labels_BL).grad_fn is not None

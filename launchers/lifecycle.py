@@ -31,7 +31,7 @@ from launchers.graph import LifecycleConfig
 discover(launchers)
 
 ROOMS = ("conf", "data_pipeline", "parallel", "train", "tools")
-RECORDS = "lifecycle.json"
+BOOK = "lifecycle.json"
 POLL_S = 0.05
 LAST_LINES = 15
 KILLED = 128 + signal.SIGINT
@@ -71,7 +71,7 @@ class Life:
         self.order = config.order()
         self.display = Display(self.order)
         self.code = code_fingerprint()
-        self.records = self._read_records()
+        self.book = self._read_book()
         self.rows: dict[str, Row] = {}
         self.running: dict[str, Attempt] = {}
         self.stop_requests = 0
@@ -84,7 +84,7 @@ class Life:
             artifact = Artifact.read(self.root / name)
         except ArtifactError:
             return None
-        record = self.records.get(name, {})
+        record = self.book["done"].get(name)
         same = record == self._record(name, artifact) and not damage(artifact)
         return artifact if same else None
 
@@ -100,14 +100,21 @@ class Life:
         call = spec.call(self.root, name)
         return {"id": artifact.id, "call": call, "processes": spec.processes, "inputs": inputs, "code": self.code}
 
-    def _read_records(self) -> dict[str, Any]:
+    def _read_book(self) -> dict[str, dict[str, Any]]:
+        """What is known of the stages: how they are called, the records of those done, why others failed."""
         try:
-            return json.loads((self.root / RECORDS).read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return {}  # nothing is proven; every stage looks for itself
+            done = json.loads((self.root / BOOK).read_text())["done"]
+        except (FileNotFoundError, json.JSONDecodeError, KeyError):
+            done = {}  # nothing is proven; every stage looks for itself
+        stages = {}
+        for name in self.order:
+            spec = self.config.stages[name]
+            command = shlex.join(["python", "-m", *spec.call(self.root, name)])
+            stages[name] = {"command": command, "processes": spec.processes, "inputs": spec.inputs()}
+        return {"stages": stages, "done": done, "failed": {}}
 
-    def _write_records(self) -> None:
-        write_atomically(self.root / RECORDS, json.dumps(self.records, indent=1) + "\n")
+    def _write_book(self) -> None:
+        write_atomically(self.root / BOOK, json.dumps(self.book, indent=1) + "\n")
 
     # The run.
 
@@ -182,8 +189,8 @@ class Life:
                 before = None
         except ArtifactError:
             pass  # not made yet, or cut
-        if self.records.pop(name, None):
-            self._write_records()
+        self.book["done"].pop(name, None)
+        self._write_book()
         cut = before is None and (directory / "checkpoints").is_dir()
         self.running[name] = Attempt(log, before, cut)
         self._launch(name, self.running[name])
@@ -217,7 +224,10 @@ class Life:
             self._launch(name, attempt)
         else:
             del self.running[name]
-            self.rows[name] = self._judge(name, attempt, ended)
+            self.rows[name] = row = self._judge(name, attempt, ended)
+            if row.state == "failed":
+                self.book["failed"][name] = row.note
+                self._write_book()
 
     def _judge(self, name: str, attempt: Attempt, ended: Ended) -> Row:
         """What the stage came to, once it will not be started again."""
@@ -236,8 +246,8 @@ class Life:
         except ArtifactError as error:
             self._show_last_lines(name, attempt)
             return Row(name, "failed", seconds, f"it exited with 0, but {error}")
-        self.records[name] = self._record(name, artifact)
-        self._write_records()
+        self.book["done"][name] = self._record(name, artifact)
+        self._write_book()
         after = (artifact.id, (artifact.path / MANIFEST).stat().st_mtime_ns)
         state = "skipped" if after == attempt.before else "resumed" if attempt.cut or attempt.restarts else "done"
         return Row(name, state, artifact.duration_s, headline(artifact))

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -183,7 +182,7 @@ class Monitor:
         return tokens_per_s * self.rates.flops_per_token / self.rates.peak_flops
 
     def summary(self) -> dict[str, float]:
-        """Throughput over all steps of this process but the first two, which compile, allocate and fill the prefetch."""
+        """Throughput of this process without its first two steps, which compile, allocate and fill the prefetch."""
         tokens_per_s = _rate(self._marks[min(2, max(0, len(self._marks) - 2))], self._marks[-1])
         return {"tokens_per_s": tokens_per_s, "mfu": self.mfu(tokens_per_s)}
 

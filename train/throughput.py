@@ -6,6 +6,7 @@ linear layers and head, without the embedding lookup; attention counted half, as
 Recomputation is not counted.
 """
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -103,17 +104,16 @@ class Clock:
         if number != self._profiled_step:
             yield
             return
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if self._device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-            _synchronise(self._device)
-        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would report its own stages on stderr
+        _synchronise(self._device)
+        # Not torch.profiler: entering that one imports the compiler, which takes seconds.
+        with torch.autograd.profiler.profile(use_device="cuda" if self._device.type == "cuda" else None) as profile:
             start = time.perf_counter()
             yield
             _synchronise(self._device)
             took = time.perf_counter() - start
         with self.on("profile"):
-            self._communication = exposed_communication(profile.events(), self._device.type) / took
+            self._communication = exposed_communication(profile.function_events or [], self._device.type) / took
 
     def shares(self) -> dict[str, float]:
         """Share of the wall time since the start; together 1."""

@@ -150,11 +150,9 @@ def start(rendezvous_s: float = 300, collective_s: float = 600) -> World:
     )
     _started = World(here.rank, here.size, here.local_rank, here.local_size, device)
     if here.rank == 0:
-        processes = (
-            "1 process" if here.size == 1 else f"{here.size} processes ({here.launcher}, {here.local_size} here)"
-        )
-        backend = "nccl" if cuda else "gloo"
-        print(f"{processes} on {device.type}, {torch.get_num_threads()} threads each, {backend}", flush=True)
+        processes = f"{here.size} processes ({here.local_size} on this machine)" if here.size > 1 else "1 process"
+        threads = f"{torch.get_num_threads()} CPU threads each"
+        print(f"{here.launcher}: {processes}, {device.type}, {'nccl' if cuda else 'gloo'}, {threads}", flush=True)
     return _started
 
 
@@ -206,11 +204,10 @@ def _connect(here: Place, timeout_s: float) -> dist.TCPStore:
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
         )
-    except dist.DistNetworkError as error:
+    except dist.DistError as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            raise DistributedError(
-                f"port {where} is in use by another program; set MASTER_PORT to a free one."
-            ) from error
+            message = f"port {where} is in use by another program: set MASTER_PORT to a free one."
+            raise DistributedError(message) from error
         raise DistributedError(
             f"rank {here.rank} of {here.size} cannot reach rank 0 at {where} ({error}). Is rank 0 running, and does "
             "MASTER_ADDR name its machine?"

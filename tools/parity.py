@@ -77,7 +77,7 @@ class Gate:
 
 
 FP32 = Gate()
-BF16 = Gate(loss=1e-2, grad_norm=5e-2, weights=1e-2)
+BF16 = Gate(loss=2e-3, grad_norm=5e-2, weights=5e-2)
 """Against one process in fp32: what rounding to 8 bits costs, and no more."""
 
 

@@ -32,10 +32,10 @@ PRELOAD = (
     "parallel.engines.native",
     "train.config",
 )
-"""What the server imports once. All of it is optional: what is missing is imported by the ranks."""
+"""What the server imports once; a rank imports what is missing."""
 
 
-class RanksFailed(LongrunError):
+class RanksError(LongrunError):
     """A rank raised, died or did not end in time; the message names it and carries its output."""
 
 
@@ -54,7 +54,7 @@ def run_ranks(
         env: further environment variables of the ranks.
 
     Raises:
-        RanksFailed: names the rank that failed first and shows the end of its output; the others are killed.
+        RanksError: names the rank that failed first and shows the end of its output; the others are killed.
     """
     store = _store()
     common = {
@@ -67,7 +67,7 @@ def run_ranks(
         **(env or {}),
     }
     context = get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
+    context.set_forkserver_preload([*PRELOAD, *sorted({"pytest", "tools.parity"} & sys.modules.keys())])
     payload = pickle.dumps((fn, args))
     with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
         processes, pipes = [], []
@@ -105,7 +105,7 @@ def _collect(
         waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
         ready = connection.wait(waiting, timeout=max(0, deadline - time.monotonic()))
         if not ready:
-            raise RanksFailed(f"ranks {sorted(set(range(len(pipes))) - set(results))} did not end in {timeout_s} s.")
+            raise RanksError(f"ranks {sorted(set(range(len(pipes))) - set(results))} did not end in {timeout_s} s.")
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             try:
@@ -115,7 +115,7 @@ def _collect(
                 ok, content = False, f"it died with exit code {processes[rank].exitcode}"
             if not ok:
                 with open(os.path.join(directory, str(rank)), errors="replace") as log:
-                    raise RanksFailed(f"rank {rank} of {len(processes)} failed: {content}\n{log.read()[-4000:]}")
+                    raise RanksError(f"rank {rank} of {len(processes)} failed: {content}\n{log.read()[-4000:]}")
             results[rank] = content
     return [results[rank] for rank in range(len(processes))]
 
@@ -134,14 +134,14 @@ def _rank(
     with open(log, "w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     faulthandler.enable()
-    faulthandler.dump_traceback_later(timeout_s, exit=True)
     torch = importlib.import_module("torch")
     torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))  # the server read another environment
     try:
-        fn, args = pickle.loads(payload)
+        fn, args = pickle.loads(payload)  # imports the module of fn, which should not count against its time
+        faulthandler.dump_traceback_later(timeout_s, exit=True)
         answer = pickle.dumps((True, fn(*args)))
     except BaseException as error:  # noqa: BLE001  it is reported by the parent, whatever it is
         answer = pickle.dumps((False, f"{error!r}\n{traceback.format_exc()}"))

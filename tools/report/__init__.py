@@ -1,0 +1,1 @@
+"""`python -m tools.report runs=runs/demo`: one page that shows a model's life."""

@@ -1,0 +1,160 @@
+"""A run that was stopped goes on as if it had not been."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conf.errors import OccupiedError
+from data_pipeline.artifact import Artifact
+from tests.train.runs import begin, complete, until
+from train.metrics.jsonl import read
+from train.stages.base import STOPPED_EARLY
+
+LONG = ("stage.steps=24", "stage.checkpoint_every=4", "stage.validate_every=6", "model.dropout=0.1", "stage.ema=0.9")
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "model" / "model.safetensors")
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read(run_dir / "metrics.jsonl") if "loss" in line]
+
+
+def validations(run_dir: Path) -> list[tuple[int, float]]:
+    lines = read(run_dir / "metrics.jsonl")
+    return [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """The same figures at every step, each step once, and the same bits at the end."""
+    assert losses(found) == losses(expected)
+    assert validations(found) == validations(expected)
+    one, other = weights(found), weights(expected)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert Artifact.read(found).id == Artifact.read(expected).id
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(corpus, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    complete(corpus, run_dir, *LONG)
+    return run_dir
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_stop_signal_ends_with_code_75_and_the_restart_is_bit_identical(corpus, tmp_path, uninterrupted, number):
+    run_dir = tmp_path / "run"
+    running = begin(corpus, run_dir, *LONG)
+    until(lambda: len(losses(run_dir)) >= 7, running)
+    running.signal(number)
+    assert running.wait() == [STOPPED_EARLY]
+    assert signal.Signals(number).name in running.output() and "start the same command again" in running.output()
+    assert not (run_dir / "manifest.json").exists()
+    assert "resumed from" in complete(corpus, run_dir, *LONG)
+    assert_same_run(run_dir, uninterrupted)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(corpus, tmp_path):
+    run_dir = tmp_path / "run"
+    settings = ("parallel.dp_shard=2", "parallel.zero=1", "stage.steps=500", "stage.checkpoint_every=0")
+    running = begin(corpus, run_dir, *settings, ranks=2)
+    until(lambda: len(losses(run_dir)) >= 3, running)
+    running.signal(signal.SIGTERM, rank=1)
+    assert running.wait() == [STOPPED_EARLY] * 2
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step-{losses(run_dir)[-1][0]:08d}"]
+
+
+def test_a_run_resumed_at_another_size_sees_the_same_samples_and_agrees(corpus, tmp_path, uninterrupted):
+    run_dir = tmp_path / "run"
+    running = begin(corpus, run_dir, *LONG, "parallel.dp_shard=2", "parallel.zero=3", ranks=2)
+    until(lambda: (run_dir / "checkpoints" / "step-00000008").exists(), running)
+    running.signal(signal.SIGTERM)
+    assert running.wait() == [STOPPED_EARLY] * 2
+    complete(corpus, run_dir, *LONG)
+    lines = [line for line in read(run_dir / "metrics.jsonl") if "loss" in line]
+    assert [line["samples"] for line in lines] == [8 * step for step in range(1, 25)]
+    expected = [line for line in read(uninterrupted / "metrics.jsonl") if "loss" in line]
+    assert [line["tokens"] for line in lines] == [line["tokens"] for line in expected]
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], abs=5e-6)
+
+
+def test_a_finished_run_is_not_run_again(corpus, uninterrupted):
+    before = (uninterrupted / "manifest.json").stat().st_mtime_ns
+    assert "nothing to do" in complete(corpus, uninterrupted, *LONG, "stage.keep=5", "logger=[]")
+    assert (uninterrupted / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_another_configuration_is_refused_with_the_keys_that_differ(corpus, uninterrupted, tmp_path):
+    running = begin(corpus, uninterrupted, *LONG, "optim.lr=0.5", "seed=3")
+    assert running.wait() == [OccupiedError.exit_code]
+    assert "optim.lr: 0.0003 there, 0.5 now" in running.output() and "seed: 0 there, 3 now" in running.output()
+    assert "stage.steps:" not in running.output() and "Traceback" not in running.output()
+
+
+def test_a_checkpoint_of_other_inputs_is_refused(corpus, tmp_path):
+    run_dir = tmp_path / "run"
+    begin(corpus, run_dir, "stage.steps=2").wait()
+    (run_dir / "manifest.json").unlink()
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("tokenizer", "shards"):
+        (other / name).symlink_to(corpus / name)
+    (other / "manifest.json").write_text(json.dumps({**manifest, "id": "0123456789abcdef"}))
+    running = begin(other, run_dir, "stage.steps=2")
+    assert running.wait() == [OccupiedError.exit_code]
+    assert "other inputs" in running.output() and "0123456789abcdef" in running.output()
+
+
+def test_resume_never_refuses_a_directory_with_checkpoints(corpus, uninterrupted, tmp_path):
+    run_dir = tmp_path / "run"
+    (run_dir / "checkpoints" / "step-00000004").mkdir(parents=True)
+    running = begin(corpus, run_dir, *LONG, "resume=never")
+    assert running.wait() == [OccupiedError.exit_code]
+    assert "resume=auto" in running.output()
+
+
+def test_a_second_run_in_a_live_directory_is_refused_on_every_rank_and_harms_nothing(corpus, tmp_path):
+    run_dir = tmp_path / "run"
+    first = begin(corpus, run_dir, "stage.steps=2000", "stage.checkpoint_every=0")
+    until(lambda: len(losses(run_dir)) >= 2, first)
+    second = begin(corpus, run_dir, "stage.steps=2000", "parallel.dp_shard=2", "parallel.zero=1", ranks=2)
+    assert second.wait() == [1, 1]
+    assert f"is being written by process {first.processes[0].pid}" in second.output(0)
+    assert "error" not in second.output(1)
+    first.signal(signal.SIGTERM)
+    assert first.wait() == [STOPPED_EARLY]
+
+
+def test_a_run_stops_when_the_loss_is_not_finite_and_names_the_last_checkpoint(corpus, tmp_path):
+    run_dir = tmp_path / "run"
+    running = begin(corpus, run_dir, "stage.steps=40", "optim.lr=1e30", "stage.checkpoint_every=1", "stage.max_skipped=2")
+    assert running.wait() == [1]
+    assert "3 step(s) in a row" in running.output() and "The last checkpoint is" in running.output()
+    assert "Traceback" not in running.output()
+    assert not (run_dir / "manifest.json").exists()
+    assert any((run_dir / "checkpoints").iterdir())
+
+
+def test_validation_without_gain_ends_the_run_early_with_an_artifact(corpus, tmp_path):
+    run_dir = tmp_path / "run"
+    settings = ("stage.steps=200", "optim.lr=1e-30", "stage.validate_every=2", "stage.patience=3", "schedule=constant")
+    printed = complete(corpus, run_dir, *settings)
+    assert "3 validations without a better loss" in printed
+    assert Artifact.read(run_dir, "pretrain").metrics["steps"] == 6
+    assert [step for step, _ in validations(run_dir)] == [0, 2, 4, 6]
+
+
+def test_fine_tuning_starts_from_the_weights_of_another_run(corpus, uninterrupted, tmp_path):
+    run_dir = tmp_path / "run"
+    complete(corpus, run_dir, "stage.steps=2", f"init_from={uninterrupted}", "optim.lr=1e-30", "model.layers=7")
+    one, other = weights(run_dir), weights(uninterrupted)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    artifact = Artifact.read(run_dir)
+    assert artifact.inputs["model"]["id"] == Artifact.read(uninterrupted).id

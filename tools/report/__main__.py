@@ -42,9 +42,7 @@ def main(config: ReportConfig, resolved: dict[str, Any]) -> int:
     root, directory = Path(config.runs), Path(config.run_dir)
     life = read(root)
     if not life.stages:
-        raise EmptyLifeError(
-            f"{root} holds no stage: nothing in it has a {MANIFEST}. Run a lifecycle, or give another."
-        )
+        raise EmptyLifeError(f"{root} holds no stage: nothing in it has a {MANIFEST}. Run a lifecycle first.")
     inputs = {stage.name: stage.artifact for stage in life if stage.artifact}
     recipe = {"title": config.title, "missing": _missing(life), "page": _code()}
     with locked(directory):

@@ -80,7 +80,7 @@ def lines(title: str, curves: Sequence[Line], *, wide: bool = False, percent: bo
     from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
     with rc_context(STYLE):
-        figure = Figure(figsize=(9.2, 3.4) if wide else (4.4, 2.5), layout="constrained")
+        figure = Figure(figsize=(12.6, 4.2) if wide else (4.4, 2.6), layout="constrained")
         axes = figure.add_subplot()
         for curve in curves:
             x, y = thinned(curve.x), thinned(curve.y)

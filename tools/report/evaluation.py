@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from tools.report.read import Life, results_of
+from tools.report.read import Life, read_json, results_of
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,32 @@ def scores(life: Life) -> Scores | None:
         rows.append((name, [task.get("accuracy")]))
     gate = results.get("gate", {})
     return Scores(["model"], rows, gate.get("checks", []), gate.get("passed"))
+
+
+@dataclass(frozen=True)
+class Handover:
+    """What the verification compared.
+
+    Args:
+        passed: all checks did.
+        checks: each {"name", "found", "threshold", "passed", "detail"}.
+        forced: why the export was refused before it was forced; empty where the gate passed.
+    """
+
+    passed: bool
+    checks: list[dict[str, Any]]
+    forced: list[str]
+
+
+def handover(life: Life) -> Handover | None:
+    """Also of a verification that failed, which leaves its checks but no artifact."""
+    for stage in reversed(life.stages):
+        found = read_json(stage.directory / "verify.json")
+        if found.get("checks"):
+            export = life.last("export")
+            reasons = export.facts.get("gate", {}).get("reasons", []) if export else []
+            return Handover(bool(found.get("passed")), found["checks"], reasons)
+    return None
 
 
 def samples(life: Life) -> list[Sample]:

@@ -2,7 +2,6 @@
 
 from markupsafe import Markup, escape
 
-from launchers.display import duration
 from tools.report.read import Life, StageView
 
 WIDTH, HEIGHT = 122, 56
@@ -22,21 +21,17 @@ def draw(life: Life) -> Markup:
     for stage in life:
         rows[stage.name] = taken.get(columns[stage.name], 0)
         taken[columns[stage.name]] = rows[stage.name] + 1
-    spans = [columns[s.name] - columns[o] for s in life for o in s.inputs if o in columns]
-    above = ARC * max([span for span in spans if span > 1], default=0)
-    below = above if max(rows.values()) else 0
+    links = [(other, stage.name, same) for stage in life for other, same in stage.inputs.items() if other in columns]
+    far = [(columns[b] - columns[a], rows[a] > 0, rows[b] > 0) for a, b, _ in links if columns[b] - columns[a] > 1]
+    above = ARC * max((span for span, low, _ in far if not low), default=0)
+    below = ARC * max((span for span, low, ends_low in far if low and ends_low), default=0)
     place: dict[str, tuple[float, float]] = {
         name: (4 + column * (WIDTH + GAP_X), 4 + above + row * (HEIGHT + GAP_Y))
         for (name, column), row in zip(columns.items(), rows.values(), strict=True)
     }
     width = 8 + (max(columns.values()) + 1) * (WIDTH + GAP_X) - GAP_X
     height = 8 + above + below + (max(rows.values()) + 1) * (HEIGHT + GAP_Y) - GAP_Y
-    edges = [
-        _edge(place[other], place[stage.name], rows[other], rows[stage.name], same)
-        for stage in life
-        for other, same in stage.inputs.items()
-        if other in place
-    ]
+    edges = [_edge(place[a], place[b], rows[a], rows[b], same) for a, b, same in links]
     boxes = [_box(stage, *place[stage.name]) for stage in life]
     told = "; ".join(f"{s.name} from {', '.join(s.inputs) or 'nothing'}" for s in life)
     return Markup(
@@ -74,11 +69,12 @@ def _edge(start: tuple[float, float], end: tuple[float, float], row: int, end_ro
 
 def _box(stage: StageView, x: float, y: float) -> str:
     state = "missing" if stage.artifact is None else "damaged" if stage.note else "done"
-    second = f"{stage.kind} {stage.artifact.id[:8]}" if stage.artifact else "not there"
-    time = duration(stage.artifact.duration_s) if stage.artifact else ""
+    identity = stage.artifact.id[:8] if stage.artifact else "not there"
+    seconds = stage.artifact.duration_s if stage.artifact else 0
+    time = "" if not stage.artifact else f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
     return (
         f'<g class="box {state}"><rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="7"/>'
         f'<text class="name" x="{x + 10}" y="{y + 22}">{escape(stage.name[:15])}</text>'
-        f'<text class="small" x="{x + 10}" y="{y + 41}">{escape(second)}</text>'
-        f'<text class="small" text-anchor="end" x="{x + WIDTH - 9}" y="{y + 21}">{escape(time)}</text></g>'
+        f'<text class="small" x="{x + 10}" y="{y + 41}">{escape(identity)}</text>'
+        f'<text class="small" text-anchor="end" x="{x + WIDTH - 9}" y="{y + 41}">{escape(time)}</text></g>'
     )

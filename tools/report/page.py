@@ -15,9 +15,7 @@ def render(life: Life, title: str) -> str:
     """The whole page as HTML."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"number": number, "size": size, "share": share, "time": duration, "compact": compact}
     return environment.get_template("page.html.jinja").render(
         title=title,
@@ -30,6 +28,7 @@ def render(life: Life, title: str) -> str:
         trainings=sections.trainings(life),
         scores=evaluation.scores(life),
         samples=evaluation.samples(life),
+        handover=evaluation.handover(life),
         weights=sections.weights(life),
         commands=sections.commands(life),
         configs=sections.configs(life),

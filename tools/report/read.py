@@ -88,7 +88,7 @@ class Life:
 
 def read(root: Path) -> Life:
     """Everything below `root` that is, or was meant to be, an artifact."""
-    book = _json(root / BOOK)
+    book = read_json(root / BOOK)
     known: Mapping[str, Any] = book.get("stages", {})
     found = sorted(file.parent.name for file in root.glob(f"*/{MANIFEST}") if ".stale-" not in file.parent.name)
     stages = [_stage(root, name, known.get(name, {})) for name in [*known, *(n for n in found if n not in known)]]
@@ -132,7 +132,8 @@ def _link(stages: list[StageView]) -> None:
                     stage.inputs[other.name] = stage.inputs.get(other.name, True) and same
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where it is missing or torn."""
     try:
         return json.loads(file.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -141,4 +142,4 @@ def _json(file: Path) -> dict[str, Any]:
 
 def results_of(stage: StageView | None) -> dict[str, Any]:
     """The evaluation's results.json; empty where there is none."""
-    return _json(stage.directory / "results.json") if stage else {}
+    return read_json(stage.directory / "results.json") if stage else {}

@@ -64,12 +64,12 @@ def gate_of(life: Life) -> dict[str, Any]:
 
 
 def _verified(life: Life) -> str:
-    stage = life.last("verify", "verification")
+    stage = life.last("verification")
     if not stage:
         return ""
-    worst = stage.metrics.get("max_logprob_difference")
-    how = f", log-probabilities within {worst:.1e}" if isinstance(worst, float) else ""
-    return f"The export was reloaded by an independent library and agrees{how}."
+    worst = next((v for name, v in stage.metrics.items() if name.startswith("log-probabilities, fp32")), None)
+    how = f"; log-probabilities differ by at most {worst:.1e}" if isinstance(worst, float) else ""
+    return f"transformers reloaded the export in a fresh process and agrees with it{how}."
 
 
 @dataclass(frozen=True)

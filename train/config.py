@@ -9,6 +9,7 @@ from omegaconf import MISSING
 import data_pipeline
 import parallel.engines
 import train.evaluate
+import train.export
 import train.metrics
 import train.models
 import train.objectives
@@ -27,6 +28,7 @@ for package in (
     train.optim,
     train.stages,
     train.evaluate,
+    train.export,
     train.metrics,
 ):
     discover(package)

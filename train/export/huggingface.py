@@ -1,0 +1,93 @@
+"""Export as a Hugging Face directory, which transformers, vLLM and most other engines load."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from conf.errors import Problem
+from conf.registry import register
+from data_pipeline.tokenizer import Tokenizer
+from train.export.base import Exporter
+from train.export.card import model_card
+from train.export.gate import Verdict
+from train.export.source import Source, end_ids
+from train.models import hf
+
+if TYPE_CHECKING:
+    from train.config import RunConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "do_sample")
+"""What a model brought as advice for sampling is passed on."""
+
+
+class OverflowInExportError(hf.HuggingFaceError):
+    """A weight is too large for the dtype it shall be written in."""
+
+
+@register("export", "huggingface")
+@dataclass(frozen=True)
+class HuggingFaceExporter(Exporter):
+    """Sharded safetensors, config, tokenizer, chat template, generation config and model card.
+
+    Args:
+        dtype: of the weights: float32, bfloat16 or float16. A verification compares with the weights rounded to it.
+        max_shard_bytes: largest weight file, in bytes.
+    """
+
+    dtype: str = "float32"
+    max_shard_bytes: int = 5_000_000_000
+
+    def problems(self, config: "RunConfig", world_size: int) -> list[Problem]:
+        found = []
+        if self.dtype not in DTYPES:
+            found.append(Problem("export.dtype", self.dtype, f"one of {', '.join(DTYPES)}"))
+        if self.max_shard_bytes < 1:
+            found.append(Problem("export.max_shard_bytes", self.max_shard_bytes, "must be at least 1"))
+        return found
+
+    def write(self, directory: Path, source: Source, verdict: Verdict) -> None:
+        """Raises OverflowInExportError, or HuggingFaceError where the model cannot be read or written."""
+        tokenizer = source.tokenizer
+        if tokenizer.chat_template is not None:  # readers older than chat_template.jinja look in tokenizer_config.json
+            config = {**tokenizer.config, "chat_template": tokenizer.chat_template}
+            tokenizer = Tokenizer(tokenizer.backend, config, tokenizer.chat_template, tokenizer.source)
+        weights = rounded(source.weights(), DTYPES[self.dtype])
+        hf.write(directory, source.config, weights, tokenizer, self.max_shard_bytes)
+        for file in directory.glob("*.safetensors"):  # written for their owner only; whoever reads the rest reads them
+            file.chmod((directory / hf.CONFIG).stat().st_mode)
+        generation = generation_config(source)
+        (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        parameters = sum(tensor.numel() for tensor in weights.values())
+        (directory / "README.md").write_text(model_card(source, verdict, self.dtype, parameters))
+
+
+def rounded(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights in another dtype.
+
+    Raises:
+        OverflowInExportError: names the tensors with values that are not finite there.
+    """
+    cast = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    broken = [name for name, tensor in cast.items() if not tensor.isfinite().all()]
+    if broken:
+        raise OverflowInExportError(
+            f"{len(broken)} tensors have values that are not finite in {dtype}, the first {broken[0]}: "
+            "export.dtype=bfloat16 has the range of float32; where that fails too, the model itself is broken."
+        )
+    return cast
+
+
+def generation_config(source: Source) -> dict[str, Any]:
+    """When to stop, and the sampling advice that came with the model."""
+    stored = source.directory / "generation_config.json"
+    advice = json.loads(stored.read_text()) if stored.exists() else {}
+    return {
+        "eos_token_id": end_ids(source.directory, source.tokenizer),
+        "pad_token_id": source.tokenizer.pad,
+        **{key: advice[key] for key in SAMPLING if advice.get(key) is not None},
+    }

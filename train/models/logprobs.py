@@ -47,7 +47,8 @@ def logprobs(hidden_BLN: Tensor, head_VN: Tensor, labels_BL: Tensor) -> Tensor:
     else:
         found_T = _LabelLogprobs.apply(hidden_TN, head_VN, labels_T.clamp(min=0), keep)
         logprobs_T = found_T.masked_fill(ignored_T, 0.0)
-    return logprobs_T.view(labels_BL.shape)
+    # No view: FSDP hooks onto what a model returns, and an in-place operation on a view would lose the hook.
+    return logprobs_T.view(labels_BL.shape).clone()
 
 
 def _chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:

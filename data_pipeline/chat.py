@@ -3,8 +3,6 @@
 Rendering is transformers' own, so the ids are those that a serving engine makes of the same messages. What the
 assistant says is found in either of two ways: the template marks it with `{% generation %}`, or the conversation is
 rendered up to each assistant turn, with the generation prompt, and from there to the end of the turn.
-
-Shape suffixes: B sequences, L tokens, N tokens of all conversations.
 """
 
 import logging
@@ -14,14 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
 from conf.errors import LongrunError, Problem
 from conf.registry import register
 from data_pipeline.artifact import fingerprint, sha256_of
-from data_pipeline.batch import IGNORED, MicroBatch
-from data_pipeline.packing import best_fit_decreasing
+from data_pipeline.batch import IGNORED
+from data_pipeline.packing import Packed
 from data_pipeline.records import EmptySetError, message_faults, read_records, without_assistant
 
 if TYPE_CHECKING:
@@ -228,110 +223,49 @@ class ChatData:
     def problems(self, config: Any, world_size: int) -> list[Problem]:
         return length_problems(self.sequence_length, self.overlong)
 
-    def open(self, split: str, tokenizer: "Tokenizer", seed: int) -> "PackedChats":
-        """Read, check, encode and pack one split.
+    def open(self, split: str, tokenizer: "Tokenizer", seed: int) -> Packed:
+        """Read, check, encode and pack one split: a pure function of the file, the tokenizer and the seed.
 
         Raises:
             RecordError: lists every record of a wrong shape.
             EmptySetError: no conversation is left.
             TemplateError: see `encode`.
         """
+        file = Path(self.path) / f"{split}.jsonl"
         records = read_records(self.path, split, chat_faults)
         conversations = [encode(tokenizer, record["messages"]) for record in records]
-        source = Path(self.path) / f"{split}.jsonl"
-        parts = ["chat", sha256_of(source), tokenizer.fingerprint, self.sequence_length, self.overlong, seed]
-        name = fingerprint(parts)
-        return PackedChats(conversations, self.sequence_length, self.overlong, seed, tokenizer.pad, str(source), name)
+        samples = self.fitting(conversations, str(file))
+        parts = ["chat", sha256_of(file), tokenizer.fingerprint, self.sequence_length, self.overlong, seed]
+        return Packed(samples, self.sequence_length, seed, tokenizer.pad, fingerprint(parts))
 
+    def fitting(self, conversations: Sequence[Conversation], source: str) -> list[tuple[list[int], list[int]]]:
+        """Input tokens and labels of the conversations, each within `sequence_length`.
 
-class PackedChats:
-    """Windows that each hold several conversations, which never attend to each other.
+        Args:
+            conversations: each has something learned.
+            source: where they come from, for messages.
 
-    A pure function of the conversations and the seed.
-
-    Args:
-        conversations: what is packed; each has something learned.
-        sequence_length: tokens per window.
-        overlong: see `ChatData`.
-        seed: of the packing.
-        pad: id that fills a window up.
-        source: where the conversations come from, for messages.
-        fingerprint: names this set of samples.
-
-    Raises:
-        EmptySetError: nothing is learned in some conversation, or none is left.
-    """
-
-    def __init__(
-        self,
-        conversations: Sequence[Conversation],
-        sequence_length: int,
-        overlong: str,
-        seed: int,
-        pad: int,
-        source: str,
-        fingerprint: str,
-    ):
-        self.sequence_length = sequence_length
-        self.pad = pad
-        self.fingerprint = fingerprint
+        Raises:
+            EmptySetError: nothing is learned in some conversation, or none is left.
+        """
         silent = [i + 1 for i, conversation in enumerate(conversations) if not any(conversation.learned)]
         if silent:
             raise EmptySetError(
                 f"{source}: {len(silent)} conversations have no token to learn, the first in line {silent[0]}: the "
                 "chat template renders nothing of what the assistant says. Mend its {% generation %} marks."
             )
-        self.counts = {"conversations": 0, "truncated": 0, "dropped": 0}
-        samples = []
+        samples, cut, dropped = [], 0, 0
         for conversation in conversations:
             tokens, labels = conversation.inputs_and_labels(len(conversation.tokens))
-            if len(labels) > sequence_length:
-                tokens, labels = conversation.inputs_and_labels(sequence_length if overlong == "truncate" else 0)
-                self.counts["truncated" if labels else "dropped"] += 1
+            if len(labels) > self.sequence_length:
+                limit = self.sequence_length if self.overlong == "truncate" else 0
+                tokens, labels = conversation.inputs_and_labels(limit)
+                cut, dropped = cut + bool(labels), dropped + (not labels)
             if labels:
                 samples.append((tokens, labels))
-        self.counts["conversations"] = len(samples)
+        counts = f"of {len(conversations)} conversations {cut} were cut to data.sequence_length={self.sequence_length}"
         if not samples:
-            raise EmptySetError(
-                f"{source}: none of {len(conversations)} conversations fits data.sequence_length={sequence_length} "
-                "with something to learn; make it larger."
-            )
-        if self.counts["truncated"] or self.counts["dropped"]:
-            log.warning(
-                "%s: of %d conversations %d were cut to data.sequence_length=%d and %d dropped",
-                source,
-                len(conversations),
-                self.counts["truncated"],
-                sequence_length,
-                self.counts["dropped"],
-            )
-        self._windows = best_fit_decreasing([len(labels) for _, labels in samples], sequence_length, seed)
-        self._ends = np.cumsum([len(labels) for _, labels in samples])
-        self._tokens_N = np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens, _ in samples])
-        self._labels_N = np.concatenate([np.asarray(labels, dtype=np.int64) for _, labels in samples])
-
-    def __len__(self) -> int:
-        return len(self._windows)
-
-    def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
-        shape = (len(indices), self.sequence_length)
-        tokens_BL, labels_BL = np.full(shape, self.pad), np.full(shape, IGNORED)
-        positions_BL, documents_BL = np.zeros(shape, dtype=np.int64), np.full(shape, -1)
-        for row, index in enumerate(indices):
-            begin = 0
-            for document, member in enumerate(self._windows[index]):
-                source = slice(self._ends[member - 1] if member else 0, self._ends[member])
-                length = source.stop - source.start
-                place = slice(begin, begin + length)
-                tokens_BL[row, place] = self._tokens_N[source]
-                labels_BL[row, place] = self._labels_N[source]
-                positions_BL[row, place] = np.arange(length)
-                documents_BL[row, place] = document
-                begin += length
-        return MicroBatch(
-            tokens_BL=torch.from_numpy(tokens_BL),
-            labels_BL=torch.from_numpy(labels_BL),
-            positions_BL=torch.from_numpy(positions_BL),
-            documents_BL=torch.from_numpy(documents_BL),
-            samples_B=torch.tensor(indices, dtype=torch.int64),
-        )
+            raise EmptySetError(f"{source}: {counts} and {dropped} dropped; none is left. Make it larger.")
+        if cut or dropped:
+            log.warning("%s: %s and %d dropped", source, counts, dropped)
+        return samples

@@ -2,12 +2,17 @@
 
 Best-fit decreasing: longest first, each into the fullest window that still has room. At most 11/9 of the optimal number
 of windows plus one (Johnson 1973); used for language models by Ding et al. 2024 (arXiv:2404.10830).
+
+Shape suffixes: B windows, L tokens, N tokens of all sequences.
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+
+from data_pipeline.batch import IGNORED, MicroBatch
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
@@ -42,3 +47,59 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int, seed: int) -> lis
             insort(rooms, left)
         with_room.setdefault(left, []).append(window)
     return windows
+
+
+class Packed:
+    """Windows that each hold several sequences, as documents that never attend to each other. A pure function of the
+    sequences and the seed.
+
+    Args:
+        sequences: input tokens of each, and the label of every one of them; at least one sequence.
+        sequence_length: tokens per window; no sequence is longer.
+        seed: of the packing.
+        pad: id that fills a window up.
+        fingerprint: names this set of samples.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+        sequence_length: int,
+        seed: int,
+        pad: int,
+        fingerprint: str,
+    ):
+        self.sequence_length = sequence_length
+        self.pad = pad
+        self.fingerprint = fingerprint
+        lengths = [len(labels) for _, labels in sequences]
+        self._windows = best_fit_decreasing(lengths, sequence_length, seed)
+        self._ends = np.cumsum(lengths)
+        self._tokens_N = np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens, _ in sequences])
+        self._labels_N = np.concatenate([np.asarray(labels, dtype=np.int64) for _, labels in sequences])
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
+        shape = (len(indices), self.sequence_length)
+        tokens_BL, labels_BL = np.full(shape, self.pad), np.full(shape, IGNORED)
+        positions_BL, documents_BL = np.zeros(shape, dtype=np.int64), np.full(shape, -1)
+        for row, index in enumerate(indices):
+            begin = 0
+            for document, member in enumerate(self._windows[index]):
+                source = slice(self._ends[member - 1] if member else 0, self._ends[member])
+                length = source.stop - source.start
+                place = slice(begin, begin + length)
+                tokens_BL[row, place] = self._tokens_N[source]
+                labels_BL[row, place] = self._labels_N[source]
+                positions_BL[row, place] = np.arange(length)
+                documents_BL[row, place] = document
+                begin += length
+        return MicroBatch(
+            tokens_BL=torch.from_numpy(tokens_BL),
+            labels_BL=torch.from_numpy(labels_BL),
+            positions_BL=torch.from_numpy(positions_BL),
+            documents_BL=torch.from_numpy(documents_BL),
+            samples_B=torch.tensor(indices, dtype=torch.int64),
+        )

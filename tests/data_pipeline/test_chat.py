@@ -155,9 +155,12 @@ def test_overlong_conversations_are_cut_or_dropped_and_counted(tmp_path, caplog)
     data = {"path": str(tmp_path), "sequence_length": 96}
     with caplog.at_level(logging.WARNING):
         cut = ChatData(**data, overlong="truncate").open("train", tokenizer(), 0)
-    assert cut.counts == {"conversations": 6, "truncated": 1, "dropped": 1}, "nothing is left to learn of the mute one"
+        ChatData(**data, overlong="drop").open("train", tokenizer(), 0)
+    # Nothing is left to learn of the mute one.
     assert "of 7 conversations 1 were cut to data.sequence_length=96 and 1 dropped" in caplog.text
-    assert ChatData(**data, overlong="drop").open("train", tokenizer(), 0).counts["dropped"] == 2
+    assert "of 7 conversations 0 were cut to data.sequence_length=96 and 2 dropped" in caplog.text
+    documents_BL = cut.micro_batch(range(len(cut))).documents_BL
+    assert sum(int(row.max()) + 1 for row in documents_BL) == 6
 
 
 def test_all_bad_records_are_reported_together_with_file_line_and_expectation(tmp_path):
@@ -204,7 +207,7 @@ def test_an_empty_or_absent_file_is_refused(tmp_path):
 
 def test_conversations_that_all_drop_out_are_an_empty_set(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", chats(3))
-    with pytest.raises(EmptySetError, match=r"none of 3 conversations fits data\.sequence_length=4"):
+    with pytest.raises(EmptySetError, match=r"data\.sequence_length=4 and 3 dropped; none is left"):
         ChatData(path=str(tmp_path), sequence_length=4).open("train", tokenizer(), 0)
 
 

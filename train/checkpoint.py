@@ -189,22 +189,25 @@ class Checkpoints:
         try:
             save.future.result()
         except (CheckpointException, OSError, RuntimeError) as error:
-            failure = self._failure(save, error)
-            if self._rank == 0:
-                shutil.rmtree(temporary_of(self.directory, save.step), ignore_errors=True)
-            raise failure from error
+            raise self._failure(save, error) from error
         finally:
             self.stall_s += time.perf_counter() - start
 
     def _failure(self, save: "_Save", error: BaseException) -> CheckpointError:
+        """The error as a user reads it. What was written of the save is removed."""
         causes = [e for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         reason = "; ".join(sorted({str(cause) for cause in causes}))
         good = f"The newest good checkpoint is that of step {self.newest}" if self.newest else "There is no earlier one"
-        free = shutil.disk_usage(self.directory).free
-        if free < save.bytes or any(getattr(cause, "errno", None) in NO_ROOM for cause in causes):
+        # torch's zip writer hides the error number of a failed write, so a disk that is full now counts, too.
+        full = any(getattr(cause, "errno", None) in NO_ROOM for cause in causes)
+        full = full or shutil.disk_usage(self.directory).free < save.bytes
+        if self._rank == 0:
+            shutil.rmtree(temporary_of(self.directory, save.step), ignore_errors=True)
+        if full:
+            free = shutil.disk_usage(self.directory).free
             return DiskFullError(
                 f"no room for the checkpoint of step {save.step} in {self.directory}: {save.bytes / 1e6:.1f} MB "
-                f"needed, {free / 1e6:.1f} MB free ({reason}). {good}. Make room, then start the same command again."
+                f"needed, {free / 1e6:.1f} MB free. {good}. Make room, then start the same command again."
             )
         return CheckpointError(f"the checkpoint of step {save.step} was not written: {reason}. {good}.")
 

@@ -144,7 +144,7 @@ class Monitor:
             self.progress.skipped.append(pending.step)
         self._marks.append((pending.training_s, self.progress.tokens))
         if pending.step % self.log_every == 0 or pending.step in (1, self.steps) or skipped:
-            self._log(pending, figures, skipped)
+            self._log(pending, dict(figures), skipped)
         if skipped and self.progress.skipped_in_a_row > self.max_skipped:
             raise DivergedError(
                 f"loss or gradient norm was not finite in {self.progress.skipped_in_a_row} step(s) in a row, up to "

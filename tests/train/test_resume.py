@@ -47,7 +47,7 @@ def uninterrupted(corpus, tmp_path_factory) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=pytest.mark.slow)])
 def test_a_stop_signal_ends_with_code_75_and_the_restart_is_bit_identical(corpus, tmp_path, uninterrupted, number):
     run_dir = tmp_path / "run"
     running = begin(corpus, run_dir, *LONG)
@@ -134,7 +134,9 @@ def test_a_second_run_in_a_live_directory_is_refused_on_every_rank_and_harms_not
 
 def test_a_run_stops_when_the_loss_is_not_finite_and_names_the_last_checkpoint(corpus, tmp_path):
     run_dir = tmp_path / "run"
-    running = begin(corpus, run_dir, "stage.steps=40", "optim.lr=1e30", "stage.checkpoint_every=1", "stage.max_skipped=2")
+    running = begin(
+        corpus, run_dir, "stage.steps=40", "optim.lr=1e30", "stage.checkpoint_every=1", "stage.max_skipped=2"
+    )
     assert running.wait() == [1]
     assert "3 step(s) in a row" in running.output() and "The last checkpoint is" in running.output()
     assert "Traceback" not in running.output()

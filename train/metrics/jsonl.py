@@ -1,6 +1,7 @@
 """metrics.jsonl: one JSON object per line, each step once, whatever happened to the process in between."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,9 @@ class _Lines:
         self._stream = open(file, "a", buffering=1)  # noqa: SIM115  closed by close()
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
-        self._stream.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON has no NaN; a figure that is none is null.
+        line = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+        self._stream.write(json.dumps({"step": step, **line}) + "\n")
 
     def close(self, summary: Mapping[str, Value]) -> None:
         self._stream.close()

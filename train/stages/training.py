@@ -11,6 +11,8 @@ from data_pipeline.artifact import finished, locked
 from parallel import distributed
 from parallel.precision import PRECISIONS
 from train import checkpoint
+from train.checkpoint import CheckpointError
+from train.monitor import DivergedError
 from train.rundir import check_same, check_unfinished, recipe, together, write_config
 from train.session import CHECKPOINTS, Session
 from train.signals import StopSignals
@@ -112,7 +114,12 @@ class Training(Stage):
                 return DONE
             if world.rank == 0:
                 write_config(directory, resolved)
-            return Session(self, config, resolved, world, start, directory, stack).run(signals)
+            try:
+                return Session(self, config, resolved, world, start, directory, stack).run(signals)
+            except (CheckpointError, DivergedError) as error:
+                if world.rank > 0:  # all ranks have the same one
+                    raise SystemExit(error.exit_code) from None
+                raise
 
     def _check_directory(self, directory: Path, config: "RunConfig", resolved: dict[str, Any]) -> None:
         check_unfinished(directory, resolved)

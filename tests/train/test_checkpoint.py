@@ -1,0 +1,259 @@
+"""Checkpoints are whole or absent, and what comes back is what was saved."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from parallel import distributed
+from tests.ranks import run_ranks
+from train import checkpoint
+from train.checkpoint import CheckpointError, Checkpoints, DiskFullError, damage, steps, temporary_of
+
+
+def state(value: float, size: int = 1000) -> dict[str, torch.Tensor]:
+    return {
+        "model.a": torch.full((size,), float(value)),
+        "optimizer.a.exp_avg": torch.full((size, 3), value + 1.0),
+        "engine.steps": torch.tensor(int(value)),
+    }
+
+
+def values(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+    assert all((tensor == tensor.flatten()[0]).all() for tensor in tensors.values())
+    return {name: float(tensor.flatten()[0]) for name, tensor in tensors.items()}
+
+
+def saved(directory: Path, *numbers: int, keep: int = 9, size: int = 1000) -> Checkpoints:
+    distributed.start()
+    checkpoints = Checkpoints(directory, every=1, keep=keep)
+    for number in numbers:
+        checkpoints.save(number, state(number, size), {"step": number, "best": 0.1 + number})
+    checkpoints.wait()
+    return checkpoints
+
+
+def _round_trip(directory):
+    checkpoints = saved(directory, 3, 7)
+    found = state(-1)
+    return checkpoints.restore(found), values(found), steps(directory), damage(checkpoints.path(7))
+
+
+def test_the_newest_checkpoint_comes_back_as_it_was(tmp_path):
+    trainer, found, on_disk, wrong = run_ranks(1, _round_trip, tmp_path)[0]
+    assert trainer == {"step": 7, "best": 7.1}
+    assert found == {"model.a": 7, "optimizer.a.exp_avg": 8, "engine.steps": 7}
+    assert on_disk == [3, 7] and wrong == []
+
+
+def _overwritten(directory):
+    distributed.start()
+    checkpoints = Checkpoints(directory, every=1, keep=2)
+    live = state(5, 500_000)
+    for step in (1, 2):  # the second save copies into the same buffers
+        live["model.a"].fill_(step)
+        checkpoints.save(step, live, {"step": step})
+        live["model.a"].fill_(-99)
+    checkpoints.wait()
+    found = []
+    for step in (2, 1):
+        target = state(0, 500_000)
+        checkpoints.restore(target)
+        found.append(float(target["model.a"].mean()))
+        shutil.rmtree(checkpoints.path(step))
+    return found
+
+
+def test_training_on_while_a_save_is_under_way_does_not_change_it(tmp_path):
+    assert run_ranks(1, _overwritten, tmp_path)[0] == [2.0, 1.0]
+
+
+def _sharded(directory, write):
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+
+    world = distributed.start()
+    mesh = init_device_mesh("cpu", (world.size,))
+    full = torch.arange(30.0).view(10, 3) if write else torch.zeros(10, 3)
+    tensors = {
+        "sharded": distribute_tensor(full, mesh, [Shard(0)]),
+        "replicated": distribute_tensor(full, mesh, [Replicate()]),
+        "plain": full.clone(),
+    }
+    checkpoints = Checkpoints(directory, every=1, keep=2)
+    if write:
+        checkpoints.save(1, tensors, {"step": 1})
+        checkpoints.wait()
+        return None
+    checkpoints.restore(tensors)
+    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).flatten().tolist() for n, t in tensors.items()}
+
+
+def test_what_three_ranks_saved_loads_on_two_and_on_one(tmp_path):
+    run_ranks(3, _sharded, tmp_path, True)
+    for ranks in (2, 1):
+        for found in run_ranks(ranks, _sharded, tmp_path, False):
+            assert found == {name: list(range(30)) for name in ("sharded", "replicated", "plain")}
+
+
+def _restored(directory):
+    checkpoints = saved(directory)
+    found = state(-1)
+    trainer = checkpoints.restore(found)
+    return trainer and (trainer["step"], values(found)["model.a"])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "a flipped bit": lambda path: flip(path / "__0_0.distcp"),
+    "a truncated file": lambda path: os.truncate(path / "__0_0.distcp", 100),
+    "a missing file": lambda path: (path / "__0_0.distcp").unlink(),
+    "flipped trainer state": lambda path: flip(path / "trainer.json"),
+    "no checksums": lambda path: (path / "checksums.json").unlink(),
+    "torn checksums": lambda path: os.truncate(path / "checksums.json", 40),
+    "emptied checksums": lambda path: (path / "checksums.json").write_text("{}"),
+}
+
+
+def _all_damages(directory):
+    """Each kind of damage to step 2; what is restored, and what is said of it."""
+    saved(directory / "good", 1, 2)
+    found = {}
+    for name, harm in DAMAGES.items():
+        shutil.copytree(directory / "good", directory / "bad")
+        harm(directory / "bad" / "step-00000002")
+        found[name] = (_restored(directory / "bad"), damage(directory / "bad" / "step-00000002"))
+        shutil.rmtree(directory / "bad")
+    return found
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, capfd):
+    for name, (restored, reasons) in run_ranks(1, _all_damages, tmp_path)[0].items():
+        assert restored == (1, 1.0), name
+        assert reasons, name
+
+
+def _nothing_good(directory):
+    try:
+        _restored(directory)
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_a_run_does_not_begin_anew_when_all_its_checkpoints_are_damaged(tmp_path):
+    run_ranks(2, _round_trip, tmp_path)
+    for step in (3, 7):
+        flip(tmp_path / f"step-{step:08d}" / "__0_0.distcp")
+    for message in run_ranks(2, _nothing_good, tmp_path):
+        assert "step-00000003: __0_0.distcp has another checksum" in message and "step-00000007" in message
+
+
+def _other_model(directory):
+    checkpoints = saved(directory, 1)
+    try:
+        checkpoints.restore({**state(0), "model.b": torch.zeros(1)})
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_the_state_of_another_model_is_refused_by_name(tmp_path):
+    assert "lacks model.b" in run_ranks(1, _other_model, tmp_path)[0]
+
+
+def _retention(directory):
+    saved(directory, 1, 2, 3, 4, keep=2)
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    assert run_ranks(1, _retention, tmp_path)[0] == ["step-00000003", "step-00000004"]
+
+
+def test_what_a_killed_save_left_is_removed_at_the_start(tmp_path):
+    for name in (".step-00000009.tmp", ".step-00000001.old"):
+        (tmp_path / name).mkdir()
+    assert run_ranks(1, _restored, tmp_path)[0] is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def _failing_write(directory):
+    """The save fails in its thread; the next one says so, and that after it works again."""
+    checkpoints = saved(directory, 1)
+    temporary_of(directory, 2).write_text("in the way")
+    checkpoints.save(2, state(2), {})
+    try:
+        checkpoints.save(3, state(3), {})
+        message = "nothing"
+    except CheckpointError as error:
+        message = str(error)
+    temporary_of(directory, 2).unlink(missing_ok=True)
+    checkpoints.save(4, state(4), {})
+    checkpoints.wait()
+    return message, steps(directory)
+
+
+def test_a_failure_of_the_writing_thread_surfaces_at_the_next_save(tmp_path):
+    for message, on_disk in run_ranks(2, _failing_write, tmp_path):
+        assert "checkpoint of step 2 was not written" in message and "that of step 1" in message
+        assert on_disk == [1, 4]
+
+
+def _full(directory):
+    checkpoints = saved(directory, 1, size=50_000)  # 0.8 MB of 1.2
+    checkpoints.save(2, state(2, 50_000), {})
+    try:
+        checkpoints.wait()
+    except DiskFullError as error:
+        return str(error), steps(directory), damage(checkpoints.path(1)), sorted(p.name for p in directory.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+def test_a_full_disk_ends_with_the_bytes_needed_and_keeps_the_checkpoint_before(tmp_path):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", tmp_path], check=True)
+    try:
+        message, on_disk, wrong, names = run_ranks(1, _full, tmp_path)[0]
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert "0.8 MB needed" in message and "MB free" in message and "step 1" in message
+    assert on_disk == [1] and wrong == []
+    assert names == ["step-00000001"], "the torn save still takes room"
+
+
+def _killed_between(directory, point):
+    """The process dies at one point of the commit."""
+    saved(directory, 1)
+    original = getattr(os, point)
+
+    def die(*args):
+        if point == "fsync" or Path(args[1]).name.startswith("step-"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(*args)
+
+    setattr(os, point, die)
+    checkpoints = Checkpoints(directory, every=1, keep=1)
+    checkpoints.save(2, state(2), {"step": 2})
+    checkpoints.wait()
+
+
+@pytest.mark.parametrize("point", ["fsync", "replace"])
+def test_a_process_killed_before_the_rename_leaves_the_checkpoint_before(tmp_path, point):
+    with pytest.raises(Exception, match="died with exit code -9"):
+        run_ranks(1, _killed_between, tmp_path, point)
+    assert steps(tmp_path) == [1] and temporary_of(tmp_path, 2).exists()
+    assert run_ranks(1, _restored, tmp_path)[0] == (1, 1.0)
+
+
+def test_checksums_cover_every_file(tmp_path):
+    run_ranks(1, _round_trip, tmp_path)
+    path = tmp_path / "step-00000007"
+    recorded = json.loads((path / checkpoint.CHECKSUMS).read_text())
+    assert {p.name for p in path.iterdir()} == {*recorded, checkpoint.CHECKSUMS}

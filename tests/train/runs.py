@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
@@ -126,9 +127,7 @@ def _rank(arguments: list[str], variables: dict[str, str], path: list[str], log:
         entry.run("train", RunConfig, main)
     except SystemExit as end:
         code = end.code
-    except BaseException:
-        import traceback
-
+    except BaseException:  # noqa: BLE001  whatever it is, the test shall read it
         traceback.print_exc()
         code = 70
     with contextlib.suppress(ValueError):

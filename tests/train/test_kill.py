@@ -47,7 +47,7 @@ def killed_until_done(corpus: Path, run_dir: Path, ranks: int, kills: int, seed:
     for kill in range(kills):
         running = begin(corpus, run_dir, *SETTINGS, *LAYOUTS[ranks], ranks=ranks)
         target = len(losses(run_dir)) + dice.randrange(1, 5)
-        until(lambda target=target: len(losses(run_dir)) >= min(target, 15) or not running.alive, running)
+        until(lambda target=target: len(losses(run_dir)) >= min(target, 15), running)
         if kill % 2 == 0:
             deadline = time.monotonic() + 0.5
             while not list(checkpoints.glob(".step-*.tmp/*")) and time.monotonic() < deadline:

@@ -40,9 +40,10 @@ def mode() -> str:
     """What WANDB_MODE asks for; without it, online where there is a key."""
     if asked := os.environ.get("WANDB_MODE"):
         return asked
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    import wandb
+
     try:
-        stored = netrc().authenticators(host)
+        stored = netrc().authenticators(urlparse(wandb.Settings().base_url).hostname or "")
     except (OSError, NetrcParseError):
         stored = None
     return "online" if stored or os.environ.get("WANDB_API_KEY") else "offline"
@@ -69,6 +70,7 @@ class _Tracker:
         try:
             self._run = wandb.init(**start)
         except wandb.errors.CommError:  # a key, but no way to the server
+            wandb.teardown()  # the service still holds the id
             self._run = wandb.init(**{**start, "mode": "offline"})
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

@@ -45,7 +45,7 @@ class AdamW:
             {"params": list(others.values()), "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            groups,
             lr=self.lr,
             betas=(self.beta1, self.beta2),
             eps=self.eps,

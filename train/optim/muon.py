@@ -93,7 +93,7 @@ class Muon:
         return MuonWithAdamW(
             matrices,
             torch.optim.AdamW(
-                [group for group in adam if group["params"]],
+                adam,
                 lr=self.adam_lr,
                 betas=(self.beta1, self.beta2),
                 eps=self.eps,
@@ -113,15 +113,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     def __init__(self, matrices: list[nn.Parameter], adam: torch.optim.AdamW, options: Muon):
-        super().__init__(matrices, {"lr": options.lr, "weight_decay": options.weight_decay})
+        super().__init__([{"params": matrices}], {"lr": options.lr, "weight_decay": options.weight_decay})
         self.adam = adam
         self.options = options
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
         self.param_groups += adam.param_groups
         adam.state = self.state
-        auto = options.precision == "auto" and has_native_bf16(matrices[0].device)
-        self.iterate_in = torch.bfloat16 if auto or options.precision == "bf16" else torch.float32
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -156,7 +154,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
             weight.sub_(update * (group["lr"] * SCALES[self.options.scale](rows, columns) * taken))
 
     def _orthogonal(self, matrix_MN: Tensor) -> Tensor:
-        return orthogonalise(matrix_MN, self.options.iterations, self.iterate_in)
+        auto = self.options.precision == "auto" and has_native_bf16(matrix_MN.device)
+        dtype = torch.bfloat16 if auto or self.options.precision == "bf16" else torch.float32
+        return orthogonalise(matrix_MN, self.options.iterations, dtype)
 
 
 def _sharded_as(like: Tensor, local: Tensor) -> Tensor:

@@ -87,16 +87,18 @@ def duration(seconds: float) -> str:
 
 
 def headline(artifact: Artifact) -> str:
-    """The number or two that a person looks for first, from the metrics that every stage of its kind records."""
+    """The number or two that a person looks for first, among those that the stages of its kind record."""
     metrics = artifact.metrics
     wanted = {
-        "tokens": _find(metrics, "splits", "train", "tokens"),
-        "conversations": _find(metrics, "splits", "train", "conversations"),
+        "training tokens": _find(metrics, "splits", "train", "tokens"),
+        "training records": _find(metrics, "records", "train"),
         "steps": metrics.get("steps"),
         "validation loss": metrics.get("validation_loss"),
         "bits per byte": metrics.get("bits_per_byte"),
         "accuracy": metrics.get("accuracy"),
-        "gate passed": metrics.get("gate_passed"),
+        "gate passed": _find(artifact.facts, "gate", "passed"),
+        "bytes": metrics.get("bytes"),
+        "largest difference": metrics.get("log-probabilities, fp32"),
     }
     return ", ".join(f"{name} {_shown(value)}" for name, value in wanted.items() if value is not None)
 

@@ -93,7 +93,9 @@ def make_life(root: Path) -> dict[str, Artifact]:
     """Every stage of the demo, by name."""
     made: dict[str, Artifact] = {}
     made["corpus"] = make(root / "corpus", "corpus", {}, CORPUS)
-    made["tasks"] = make(root / "tasks", "chat", {}, {"splits": {"train": {"conversations": 3000}}})
+    made["tasks"] = make(
+        root / "tasks", "chat", {}, {"records": {"train": 3000, "preferences_train": 400}, "tasks": ["compare"]}
+    )
     made["pretrain"] = train(root / "pretrain", {"data": made["corpus"]}, 60)
     made["sft"] = train(root / "sft", {"data": made["tasks"], "model": made["pretrain"]}, 40)
     made["dpo"] = train(root / "dpo", {"data": made["tasks"], "model": made["sft"]}, 20, margin=2.0, accuracy=0.9)

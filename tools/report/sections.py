@@ -108,6 +108,8 @@ class Corpus:
     sources: list[dict[str, Any]]
     steps: list[dict[str, Any]]
     splits: dict[str, dict[str, Any]]
+    records: dict[str, int]
+    """Conversations and preferences by file."""
 
     @property
     def bytes_in(self) -> int:
@@ -134,7 +136,7 @@ class Corpus:
 
 def corpora(life: Life) -> list[Corpus]:
     return [
-        Corpus(stage, m.get("sources", []), m.get("steps", []), m.get("splits", {}))
+        Corpus(stage, m.get("sources", []), m.get("steps", []), m.get("splits", {}), m.get("records", {}))
         for stage in life.of_kind("corpus", "chat")
         if (m := stage.metrics)
     ]
@@ -242,7 +244,7 @@ def commands(life: Life) -> list[tuple[str, str]]:
     found = [("Talk to it in the terminal, with nothing but this project", f"python -m tools.chat target={here}")]
     if target.kind == "export":
         found += [
-            ("Serve it with vLLM on loopback, behind an API key", f"python -m tools.serve export={here}"),
+            ("Serve it with vLLM on loopback, behind an API key", f"python -m tools.serve target={here}"),
             (
                 "Load it with transformers",
                 "from transformers import AutoModelForCausalLM, AutoTokenizer\n"

@@ -96,7 +96,7 @@ def test_a_mask_is_made_only_where_the_triangle_is_not_enough(documents, causal,
     model = built()
     tokens_BL, positions_BL = tokens(1, 4), torch.arange(4)[None]
     exact_BLL = documents_BL[:, :, None] == documents_BL[:, None]
-    exact = attention.Visibility(False, (exact_BLL.tril() if causal else exact_BLL)[:, None])
+    exact = attention.Visibility(causal, exact_BLL.tril() if causal else exact_BLL)
     chosen_BLV = model(tokens_BL, positions_BL, documents_BL, causal=causal)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.models.transformer.visibility", lambda *_, **__: exact)

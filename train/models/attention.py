@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conf.errors import LongrunError
+from train.models.blocked import blocked_attention
 
 BACKENDS = ("auto", "sdpa", "flex", "flash")
 
@@ -42,8 +43,9 @@ class Visibility:
     """Which keys a query sees: those of its own document and, where `causal`, none that come later.
 
     Args:
-        causal: whether the kernel itself must hide later keys; what `restriction` hides comes on top.
-        restriction: None where nothing else is hidden, a boolean mask_B1LS, FlexAttention's BlockMask, or Segments.
+        causal: whether later keys are hidden.
+        restriction: None where nothing else is hidden; Segments; or a boolean mask_BLS or FlexAttention's BlockMask,
+            which hide later keys too.
     """
 
     causal: bool
@@ -88,7 +90,7 @@ def visibility(
     elif bool((documents_BL == documents_BL[:, :1]).all()):
         return Visibility(causal=False)
     mask_BLL = documents_BL[:, :, None] == documents_BL[:, None, :]
-    return Visibility(causal=False, restriction=(mask_BLL.tril() if causal else mask_BLL)[:, None])
+    return Visibility(causal, mask_BLL.tril() if causal else mask_BLL)
 
 
 def _cached_visibility(documents_BL: Tensor, key_documents_BS: Tensor, causal: bool) -> Visibility:
@@ -96,7 +98,7 @@ def _cached_visibility(documents_BL: Tensor, key_documents_BS: Tensor, causal: b
     mask_BLS = documents_BL[:, :, None] == key_documents_BS[:, None, :]
     if causal:
         mask_BLS = mask_BLS.tril(keys - queries)
-    return Visibility(causal=False, restriction=mask_BLS[:, None])
+    return Visibility(causal, mask_BLS)
 
 
 def attention(q_BLHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, visible: Visibility) -> Tensor:
@@ -106,8 +108,15 @@ def attention(q_BLHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, visible: Visibilit
         return _varlen(q_BLHD, k_BSKD, v_BSKD, restriction, visible.causal)
     q_BHLD, k_BKSD, v_BKSD = q_BLHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2)
     if restriction is None or isinstance(restriction, Tensor):
+        if q_BLHD.device.type == "cpu" and q_BLHD.element_size() == 2 and q_BLHD.shape[1] == k_BSKD.shape[1]:
+            return blocked_attention(q_BHLD, k_BKSD, v_BKSD, restriction, visible.causal).transpose(1, 2)
         out_BHLD = F.scaled_dot_product_attention(
-            q_BHLD, k_BKSD, v_BKSD, attn_mask=restriction, is_causal=visible.causal, enable_gqa=True
+            q_BHLD,
+            k_BKSD,
+            v_BKSD,
+            attn_mask=None if restriction is None else restriction[:, None],
+            is_causal=visible.causal and restriction is None,
+            enable_gqa=True,
         )
     else:
         kernel = _flex_compiled() if q_BLHD.is_cuda else _flex_eager()

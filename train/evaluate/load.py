@@ -1,0 +1,59 @@
+"""A model on disk becomes something that can be asked.
+
+Shape suffixes: B sequences, L tokens.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipeline.batch import MicroBatch
+from data_pipeline.tokenizer import Tokenizer
+from train.export.source import Source
+from train.models.hf import EMBEDDING
+from train.models.transformer import Decoder
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under evaluation.
+
+    Args:
+        name: what it is called in results: the name of its directory.
+        source: where it comes from.
+        model: on the device, in the dtype of the evaluation.
+    """
+
+    name: str
+    source: Source
+    model: Decoder
+
+    @classmethod
+    def load(cls, path: str, device: torch.device, dtype: torch.dtype) -> "Subject":
+        """Read a training run, an export, or a Hugging Face directory.
+
+        Raises:
+            LongrunError: see `Source.read`, and `read_weights`.
+        """
+        source = Source.read(path)
+        weights = source.weights()
+        with torch.device("meta"):
+            model = source.config.build(weights[EMBEDDING].shape[0])
+        model.load_state_dict({name: weight.to(device, dtype) for name, weight in weights.items()}, assign=True)
+        return cls(name_of(path), source, model.eval())
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.source.tokenizer
+
+    @torch.inference_mode()
+    def logprobs(self, batch: MicroBatch) -> Tensor:
+        """logprobs_BL of the labels, on the CPU."""
+        there = batch.to(self.model.head.device)
+        return self.model(there.tokens_BL, there.positions_BL, there.documents_BL, there.labels_BL).cpu()
+
+
+def name_of(path: str) -> str:
+    return Path(path).resolve().name

@@ -24,13 +24,26 @@ CORPUS = {
         "validation": {"documents": 40, "tokens": 111_222, "bytes": 450_000},
     },
 }
+RECORDS = {"train": 3000, "preferences_train": 400}
 RESULTS = {
-    "perplexity": 25.2,
+    "model": "dpo",
     "bits_per_byte": 1.31,
-    "tasks": {"arithmetic": {"accuracy": 0.83, "n": 100}},
+    "models": {
+        "pretrain": {"perplexity": 24.1, "bits_per_byte": 1.29, "accuracy": 0.02, "accuracy/sort": 0.02},
+        "sft": {"perplexity": 25.0, "bits_per_byte": 1.3, "accuracy": 0.81, "accuracy/sort": 0.81},
+        "dpo": {"perplexity": 25.2, "bits_per_byte": 1.31, "accuracy": 0.83, "accuracy/sort": 0.83},
+    },
+    "samples": [
+        {
+            "task": "sort",
+            "prompt": "Sort these digits: 3 1 2",
+            "expected": "1 2 3",
+            "answers": {"pretrain": "the class", "sft": "1 2", "dpo": "1 2 3"},
+        }
+    ],
     "gate": {
         "passed": True,
-        "checks": [{"metric": "bits_per_byte", "found": 1.31, "threshold": 2.0, "passed": True}],
+        "checks": [{"metric": "bits_per_byte", "found": 1.31, "threshold": "at most 2", "passed": True}],
     },
 }
 CHECKS = [

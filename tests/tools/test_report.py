@@ -29,6 +29,12 @@ def whole(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def html(whole) -> str:
+    """The page of a whole life, drawn once."""
+    return render(read(whole), "demo")
+
+
 @pytest.fixture
 def life(whole, tmp_path, monkeypatch) -> Path:
     """A life to break, with its curves told instead of drawn: drawing takes seconds."""
@@ -74,8 +80,8 @@ def page(root: Path) -> Text:
     return Text(render(read(root), root.name))
 
 
-def test_a_whole_life_is_told(whole):
-    text = page(whole).text
+def test_a_whole_life_is_told(whole, html):
+    text = Text(html).text
     for part in (
         "The model passed its gate and its export is verified",
         "celery", "5.6.1", "BSD-3-Clause", "4 MB",
@@ -84,7 +90,9 @@ def test_a_whole_life_is_told(whole):
         "too short 150, symbols 50", "duplicate 10",
         "60 steps over 491,520 tokens on 2 processes. The training loss went from",
         "loss, nats per token", "loss, nats per pair", "reward margin of chosen over rejected", "learning rate",
-        "arithmetic 0.83", "bits per byte 1.31", "bits_per_byte 1.31 2 holds",
+        "Sort these digits: 3 1 2 pretrain ✗ wrong the class sft ✗ wrong 1 2 dpo ✓ right 1 2 3 expected 1 2 3",
+        "83% held-out tasks solved 2% after pretrain, 81% after sft",
+        "accuracy/sort 2.0% 81.0% 83.0%", "bits per byte 1.29 1.3 1.31", "bits_per_byte 1.31 at most 2 holds",
         "log-probabilities, fp32 3.1e-06 0.0001 holds",
         "5,123,456 parameters in 5 kB on disk",
         f"python -m tools.chat target={whole}/export", f"python -m tools.serve target={whole}/export",
@@ -94,15 +102,13 @@ def test_a_whole_life_is_told(whole):
         assert part in text, part
 
 
-def test_the_page_is_one_file_that_loads_and_runs_nothing(whole):
-    html = render(read(whole), "demo")
+def test_the_page_is_one_file_that_loads_and_runs_nothing(html):
     links = Text(html).links
     assert all(link.startswith(("#", "https://pypi.org/")) for link in links), links
     assert "<script" not in html and "@import" not in html and "url(http" not in html and " on" + "load=" not in html
 
 
-def test_colours_follow_the_page(whole):
-    html = render(read(whole), "demo")
+def test_colours_follow_the_page(html):
     assert "prefers-color-scheme: dark" in html
     svg = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
     assert not re.findall(r"#[0-9a-f]{6}", svg), "a fixed colour would be unreadable in dark or in light"
@@ -115,10 +121,11 @@ def test_texts_from_a_run_are_escaped(life):
     make(
         life / "corpus", "corpus", {}, {"sources": [{"name": attack, "licence": attack, "url": "javascript:alert(1)"}]}
     )
-    results = RESULTS | {"tasks": {attack: {"accuracy": 0.5}}}
+    sample = {"task": attack, "prompt": attack, "expected": attack, "answers": {attack: attack}}
+    results = RESULTS | {"models": {attack: {attack: 0.5}}, "samples": [sample]}
     (life / "evaluate" / "results.json").write_text(json.dumps(results))
     html = render(read(life), attack)
-    assert "<script" not in html and "javascript:" not in html and html.count("&lt;script&gt;") >= 4
+    assert "<script" not in html and "javascript:" not in html and html.count("&lt;script&gt;") >= 9
 
 
 @pytest.mark.parametrize("gone", STAGES)
@@ -148,13 +155,13 @@ def test_stages_that_the_lifecycle_has_yet_to_make_are_shown_as_missing(life):
 
 
 def test_a_failed_gate_is_the_first_thing_said(life):
-    check = {"metric": "bits_per_byte", "found": 3.0, "threshold": 2.0, "passed": False}
+    check = {"metric": "bits_per_byte", "found": 3.0, "threshold": "at most 2", "passed": False}
     (life / "evaluate" / "results.json").write_text(
         json.dumps(RESULTS | {"gate": {"passed": False, "checks": [check]}})
     )
     text = page(life).text
     # The file is not the one of the manifest: that is said too.
-    assert "The gate failed on bits_per_byte." in text and "bits_per_byte 3 2 fails" in text
+    assert "The gate failed on bits_per_byte." in text and "bits_per_byte 3 at most 2 fails" in text
 
 
 def test_a_failed_verification_shows_what_differs(life):

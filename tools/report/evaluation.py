@@ -3,47 +3,95 @@
 from dataclasses import dataclass
 from typing import Any
 
+from data_pipeline.tasks import correct
 from tools.report.read import Life, read_json, results_of
+
+LESS_IS_BETTER = ("perplexity", "bits_per_byte")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of every model.
+
+    Args:
+        name: of the figure.
+        shown: per model; a dash where it was not measured.
+        best: per model, whether none has a better one; all False where there is nothing to compare.
+    """
+
+    name: str
+    shown: list[str]
+    best: list[bool]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A table with a row per measure and a column per model.
+    """A table with a row per figure and a column per model.
 
     Args:
-        models: column heads, in the order of their lives.
-        rows: (measure, value per model; None where it was not measured).
+        models: column heads, in the order of their lives; the last is the one that is judged.
+        rows: the figures.
         checks: the gate's, each {"metric", "found", "threshold", "passed"}.
         passed: whether all hold; None without a gate.
     """
 
     models: list[str]
-    rows: list[tuple[str, list[float | None]]]
+    rows: list[Row]
     checks: list[dict[str, Any]]
     passed: bool | None
+
+
+def scores(life: Life) -> Scores | None:
+    """None where nothing was evaluated."""
+    results = results_of(life.last("evaluation"))
+    if not results:
+        return None
+    models: dict[str, dict[str, float]] = results.get("models", {})
+    names = dict.fromkeys(name for figures in models.values() for name in figures)
+    rows = [_row(name, [figures.get(name) for figures in models.values()]) for name in names]
+    gate = results.get("gate") or {}
+    return Scores(list(models), rows, gate.get("checks", []), gate.get("passed"))
+
+
+def _row(name: str, values: list[float | None]) -> Row:
+    measured = [value for value in values if value is not None]
+    best = min(measured) if name in LESS_IS_BETTER else max(measured)
+    several = len(set(measured)) > 1
+    as_share = "accuracy" in name
+    shown = ["–" if value is None else f"{value:.1%}" if as_share else f"{value:,.4g}" for value in values]
+    return Row(name.replace("_", " "), shown, [several and value == best for value in values])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model said; `right` is None where there is nothing to compare with."""
+
+    model: str
+    text: str
+    right: bool | None
 
 
 @dataclass(frozen=True)
 class Sample:
     """One prompt and what each model makes of it."""
 
+    task: str
     prompt: str
     expected: str
-    answers: dict[str, str]
+    answers: list[Answer]
 
 
-def scores(life: Life) -> Scores | None:
-    results = results_of(life.last("evaluation"))
-    if not results:
-        return None
-    rows: list[tuple[str, list[float | None]]] = []
-    for key in ("perplexity", "bits_per_byte"):
-        if key in results:
-            rows.append((key.replace("_", " "), [results[key]]))
-    for name, task in results.get("tasks", {}).items():
-        rows.append((name, [task.get("accuracy")]))
-    gate = results.get("gate", {})
-    return Scores(["model"], rows, gate.get("checks", []), gate.get("passed"))
+def samples(life: Life) -> list[Sample]:
+    """The same prompts, put to every model that was evaluated."""
+    found = []
+    for record in results_of(life.last("evaluation")).get("samples", []):
+        expected = record.get("expected", "")
+        answers = [
+            Answer(model, text, correct(text, expected) if expected else None)
+            for model, text in record.get("answers", {}).items()
+        ]
+        found.append(Sample(record.get("task", ""), record.get("prompt", ""), expected, answers))
+    return found
 
 
 @dataclass(frozen=True)
@@ -70,7 +118,3 @@ def handover(life: Life) -> Handover | None:
             reasons = export.facts.get("gate", {}).get("reasons", []) if export else []
             return Handover(bool(found.get("passed")), found["checks"], reasons)
     return None
-
-
-def samples(life: Life) -> list[Sample]:
-    return []

@@ -60,7 +60,8 @@ def verdict(life: Life) -> Verdict:
 
 
 def gate_of(life: Life) -> dict[str, Any]:
-    return results_of(life.last("evaluation")).get("gate", {})
+    """Of the last evaluation; empty without one."""
+    return results_of(life.last("evaluation")).get("gate") or {}
 
 
 def _verified(life: Life) -> str:
@@ -91,9 +92,12 @@ def figures(life: Life) -> list[Figure]:
     results = results_of(life.last("evaluation"))
     if bits := results.get("bits_per_byte"):
         found.append(Figure("bits per byte", f"{bits:.3f}", "held-out text"))
-    for stage in life.trained[1:]:
-        if (accuracy := stage.metrics.get("validation_accuracy")) is not None:
-            found.append(Figure(f"{stage.name} accuracy", f"{accuracy:.1%}", "validation"))
+    models: dict[str, dict[str, float]] = results.get("models", {})
+    accuracies = {name: figures["accuracy"] for name, figures in models.items() if "accuracy" in figures}
+    if accuracies:
+        *before, (_, accuracy) = accuracies.items()
+        note = ", ".join(f"{value:.0%} after {name}" for name, value in before)
+        found.append(Figure("held-out tasks solved", f"{accuracy:.0%}", note))
     made = [stage.artifact.duration_s for stage in life if stage.artifact]
     if made:
         found.append(Figure("made in", duration(sum(made)), f"{len(made)} stages"))

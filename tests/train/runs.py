@@ -60,15 +60,17 @@ class Running:
         return any(process.is_alive() for process in self.processes)
 
 
-def begin(corpus: Path, run_dir: Path, *settings: str, ranks: int = 1, stage: str = "pretrain") -> Running:
-    """Start `python -m train` as so many ranks."""
+def begin(
+    corpus: Path, run_dir: Path, *settings: str, ranks: int = 1, stage: str = "pretrain", logs: Path | None = None
+) -> Running:
+    """Start `python -m train` as so many ranks; what they print goes to files in `logs`, or beside run_dir."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
     arguments = [f"stage={stage}", f"data.path={corpus}", f"run_dir={run_dir}", *SETTINGS, *settings]
-    processes, logs = [], []
+    processes, files = [], []
     for rank in range(ranks):
         variables = {
             "RANK": str(rank),
@@ -80,18 +82,18 @@ def begin(corpus: Path, run_dir: Path, *settings: str, ranks: int = 1, stage: st
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "OMP_NUM_THREADS": "1",
         }
-        run_dir.parent.mkdir(parents=True, exist_ok=True)
-        log = run_dir.parent / f"{run_dir.name}.{time.monotonic_ns()}.{rank}.log"
+        log = (logs or run_dir.parent) / f"{run_dir.name}.{time.monotonic_ns()}.{rank}.log"
         process = context.Process(target=_rank, args=(arguments, variables, sys.path, str(log)))
         process.start()
         processes.append(process)
-        logs.append(log)
-    return Running(processes, logs, store)
+        files.append(log)
+    return Running(processes, files, store)
 
 
-def complete(corpus: Path, run_dir: Path, *settings: str, ranks: int = 1, stage: str = "pretrain") -> str:
-    """A run that must end well; returns what rank 0 printed."""
-    running = begin(corpus, run_dir, *settings, ranks=ranks, stage=stage)
+def complete(corpus: Path, run_dir: Path, *settings: str, **how: Any) -> str:
+    """A run that must end well, as for `begin`; returns what rank 0 printed."""
+    running = begin(corpus, run_dir, *settings, **how)
+    ranks = len(running.processes)
     codes = running.wait()
     assert codes == [0] * ranks, "\n".join(running.output(rank) for rank in range(ranks))
     return running.output()

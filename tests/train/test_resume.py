@@ -1,7 +1,9 @@
 """A run that was stopped goes on as if it had not been."""
 
 import json
+import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from tests.train.runs import begin, complete, until
 from train.metrics.jsonl import read
 from train.stages.base import STOPPED_EARLY
 
-LONG = ("stage.steps=24", "stage.checkpoint_every=4", "stage.validate_every=6", "model.dropout=0.1", "stage.ema=0.9")
+LONG = ("stage.steps=16", "stage.checkpoint_every=4", "stage.validate_every=6", "model.dropout=0.1", "stage.ema=0.9")
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -78,7 +80,7 @@ def test_a_run_resumed_at_another_size_sees_the_same_samples_and_agrees(corpus, 
     assert running.wait() == [STOPPED_EARLY] * 2
     complete(corpus, run_dir, *LONG)
     lines = [line for line in read(run_dir / "metrics.jsonl") if "loss" in line]
-    assert [line["samples"] for line in lines] == [8 * step for step in range(1, 25)]
+    assert [line["samples"] for line in lines] == [8 * step for step in range(1, 17)]
     expected = [line for line in read(uninterrupted / "metrics.jsonl") if "loss" in line]
     assert [line["tokens"] for line in lines] == [line["tokens"] for line in expected]
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], abs=5e-6)
@@ -142,6 +144,26 @@ def test_a_run_stops_when_the_loss_is_not_finite_and_names_the_last_checkpoint(c
     assert "Traceback" not in running.output()
     assert not (run_dir / "manifest.json").exists()
     assert any((run_dir / "checkpoints").iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+def test_a_full_disk_ends_the_run_with_a_message_and_it_goes_on_once_there_is_room(corpus, tmp_path):
+    """Room for one checkpoint (1.4 MB), not for two."""
+    run_dir = tmp_path / "disk" / "run"
+    run_dir.parent.mkdir()
+    settings = ("stage.steps=6", "stage.checkpoint_every=2", "stage.keep=1")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", run_dir.parent], check=True)
+    try:
+        running = begin(corpus, run_dir, *settings, logs=tmp_path)
+        assert running.wait() == [1]
+        assert "no room for the checkpoint of step 4" in running.output() and "MB needed" in running.output()
+        assert "that of step 2" in running.output() and "Traceback" not in running.output()
+        assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000002"]
+        subprocess.run(["mount", "-o", "remount,size=64m", run_dir.parent], check=True)
+        assert "resumed from" in complete(corpus, run_dir, *settings, logs=tmp_path)
+        assert [step for step, _ in losses(run_dir)] == [1, 2, 3, 4, 5, 6]
+    finally:
+        subprocess.run(["umount", run_dir.parent], check=True)
 
 
 def test_validation_without_gain_ends_the_run_early_with_an_artifact(corpus, tmp_path):

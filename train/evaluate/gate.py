@@ -3,13 +3,13 @@
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from conf.errors import ConfigError, Problem
 
 
-@dataclass
+@dataclass(frozen=True)
 class Check:
     """One threshold. Figures have names such as `accuracy`, `accuracy/sort` or `bits_per_byte`; with `@NAME` they are
     those of the baseline of that name.
@@ -43,10 +43,18 @@ class Check:
         return {"metric": self.label, "found": found, "threshold": self.threshold, "passed": above and below}
 
 
-def check_problems(gate: Mapping[str, Check]) -> list[Problem]:
-    """What can be wrong with checks, known before anything is measured."""
+def check_problems(gate: Mapping[str, Any]) -> list[Problem]:
+    """What can be wrong with checks as they are configured, known before anything is measured."""
     found = []
-    for name, check in gate.items():
+    keys = {field.name for field in fields(Check)}
+    for name, settings in gate.items():
+        if not isinstance(settings, Mapping) or not settings.keys() <= keys:
+            fix = f"keys of a check are {', '.join(sorted(keys))}"
+            found.append(Problem(f"eval.gate.{name}", settings, fix))
+            continue
+        check = Check(**settings)
+        if not all(isinstance(bound, int | float | None) for bound in (check.min, check.max)):
+            found.append(Problem(f"eval.gate.{name}", settings, "min and max are numbers"))
         if not check.metric:
             found.append(Problem(f"eval.gate.{name}.metric", "''", "the figure to judge, for instance accuracy"))
         if check.min is None and check.max is None:

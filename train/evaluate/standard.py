@@ -44,7 +44,8 @@ class Standard:
         batch: sequences at a time; bounds memory, changes no result.
         precision: "auto" is bf16 where the device has it natively, else fp32; "bf16"; "fp32".
         samples: questions per task whose answers are shown.
-        gate: the checks that must hold before the model is handed on, by name; none means there is no gate.
+        gate: the checks that must hold before the model is handed on, by name, each {metric, minus, min, max} (see
+            `train.evaluate.gate.Check`); none means there is no gate.
     """
 
     text: str = ""
@@ -59,7 +60,7 @@ class Standard:
     batch: int = 32
     precision: str = "auto"
     samples: int = 2
-    gate: dict[str, Check] = field(default_factory=dict)
+    gate: dict[str, Any] = field(default_factory=dict)
 
     def problems(self, config: Any, world_size: int) -> list[Problem]:
         found = check_problems(self.gate)
@@ -102,7 +103,8 @@ class Standard:
         dtype = compute_dtype(self.precision, device)
         paths = [*self.baselines, model]
         asked = questions(self.tasks, "test", self.questions) if self.tasks else []
-        check_names(self.gate, self._figure_names([name_of(path) for path in paths], asked), self.benchmarks)
+        gate = {name: Check(**settings) for name, settings in self.gate.items()}
+        check_names(gate, self._figure_names([name_of(path) for path in paths], asked), self.benchmarks)
         texts = held_out(self.text, "test", self.text_bytes) if self.text else []
         reference_2S = torch.zeros(())
         if self.reference and self._compares:
@@ -125,7 +127,7 @@ class Standard:
                 }
                 for i in shown(asked, self.samples)
             ],
-            "gate": judge(self.gate, figures),
+            "gate": judge(gate, figures),
         }
 
     @property

@@ -1,0 +1,151 @@
+"""Between steps a corpus is a fixed number of pieces, `00000.jsonl.zst` ...: the unit of parallel work and of resuming.
+
+The number of pieces is part of the recipe and the number of processes is not, so the result is the same on any machine.
+"""
+
+import contextlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import multiprocess
+import orjson
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.executor.local import LocalPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.writers.jsonl import JsonlWriter
+from datatrove.utils.stats import PipelineStats
+from loguru import logger
+
+ENDING = ".jsonl.zst"
+MODULES = ("reading", "cleaning", "splitting", "tokenising")
+
+
+class Executor(LocalPipelineExecutor):
+    """datatrove's executor, quiet: its logs go to files in the logging directory only."""
+
+    def run(self) -> PipelineStats | None:
+        logger.remove()
+        with contextlib.redirect_stderr(io.StringIO()):
+            return super().run()
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return super()._run_for_rank(rank, local_rank, node_rank)
+
+
+def execute(pipeline: list[PipelineStep], logs: Path, tasks: int, workers: int) -> dict[str, Counter[str]]:
+    """Run a pipeline, leaving out the tasks that an earlier, cut run has completed.
+
+    Args:
+        pipeline: datatrove steps.
+        logs: directory for logs, statistics and marks of completed tasks.
+        tasks: pieces of the work.
+        workers: processes.
+
+    Returns:
+        Step name -> label -> total over all tasks, those of earlier runs included.
+    """
+    # The process that workers are forked from imports what they need, once.
+    multiprocess.get_context("forkserver").set_forkserver_preload([f"{__package__}.{name}" for name in MODULES])
+    Executor(pipeline, tasks=tasks, workers=min(workers, tasks), logging_dir=str(logs)).run()
+    totals: dict[str, Counter[str]] = {}
+    for rank in range(tasks):
+        for step in json.loads((logs / "stats" / f"{rank:05d}.json").read_text()):
+            # datatrove abbreviates a statistic that has nothing but a total
+            counts = {label: s["total"] if isinstance(s, dict) else s for label, s in step["stats"].items()}
+            totals.setdefault(step["name"].split(": ", 1)[1], Counter()).update(counts)
+    return totals
+
+
+class PieceReader(PipelineStep):
+    """Reads one piece per task; a piece that nothing was written to does not exist.
+
+    Args:
+        pieces: one file per task.
+    """
+
+    name = "📖 Piece"
+    type = "📖 - READER"
+
+    def __init__(self, pieces: Sequence[Path]):
+        super().__init__()
+        self.pieces = pieces
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        yield from read_piece(self.pieces[rank])
+
+
+def pieces_of(directory: Path, count: int) -> list[Path]:
+    """The files that the tasks of a step write."""
+    return [directory / f"{rank:05d}{ENDING}" for rank in range(count)]
+
+
+def read_piece(file: Path) -> Iterator[Document]:
+    """The documents of one piece."""
+    import zstandard
+
+    if not file.exists():
+        return
+    with zstandard.open(file, "rb") as stream:
+        for line in io.BufferedReader(stream, 2**20):
+            yield Document(**orjson.loads(line))
+
+
+class Tally(PipelineStep):
+    """Counts documents and bytes under names made of their metadata.
+
+    Args:
+        keys: metadata keys whose values, joined by a tab, are the name.
+    """
+
+    name = "🧮 Tally"
+    type = "📊 - STATS"
+
+    def __init__(self, keys: Sequence[str]):
+        super().__init__()
+        self.keys = keys
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        for doc in data:
+            name = "\t".join(doc.metadata[key] for key in self.keys)
+            self.stat_update(f"documents\t{name}")
+            self.stat_update(f"bytes\t{name}", value=len(doc.text.encode()))
+            yield doc
+
+
+def tallied(totals: Counter[str]) -> dict[tuple[str, ...], dict[str, int]]:
+    """What a Tally counted: values of its keys -> {"documents", "bytes"}."""
+    found: dict[tuple[str, ...], dict[str, int]] = {}
+    for label, total in totals.items():
+        what, *name = label.split("\t")
+        found.setdefault(tuple(name), {})[what] = total
+    return found
+
+
+def writer(directory: Path, filename: str = "${rank}" + ENDING) -> JsonlWriter:
+    """Writes pieces."""
+    return JsonlWriter(str(directory), filename, compression="zstd", adapter=_plain)
+
+
+def quarantine(directory: Path, step: str, reason: str = "") -> JsonlWriter:
+    """Writes dropped documents, each with the step and the reason.
+
+    Args:
+        directory: where.
+        step: who drops them.
+        reason: the reason where the step has only one.
+    """
+
+    def labelled(self: JsonlWriter, document: Document) -> dict[str, Any]:
+        why = document.metadata.pop("filter_reason", reason)
+        return {"step": step, "reason": why, **_plain(self, document)}
+
+    return JsonlWriter(str(directory), "${rank}" + ENDING, compression="zstd", adapter=labelled)
+
+
+def _plain(self: JsonlWriter, document: Document) -> dict[str, Any]:
+    return {"text": document.text, "id": document.id, "metadata": document.metadata}

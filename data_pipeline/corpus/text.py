@@ -1,0 +1,67 @@
+"""`corpus=text`: raw text to token shards. The settings; the work is in build.py."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conf.errors import Problem
+from conf.registry import register
+from data_pipeline.config import DataSet, PipelineConfig
+from data_pipeline.corpus.build import build
+from data_pipeline.corpus.rules import Gates, Rules
+from data_pipeline.tokenizer import BYTES, SPECIALS
+
+
+@register("corpus", "text")
+@dataclass(frozen=True)
+class TextCorpus(DataSet):
+    """Read, normalise, filter, deduplicate, split, train a tokenizer, tokenise.
+
+    Args:
+        sources: name -> where text comes from; see the group `corpus/source`.
+        paths: what `corpus=files` reads: directories or single files of text, code and JSON lines.
+        strip_markup: reduce reStructuredText roles, links and labels in prose to what a reader sees of them.
+        rules: thresholds of the quality filter.
+        gates: least share of documents that each step must pass on.
+        validation: share of documents in the validation split, in [0, 1).
+        test: share of documents in the test split, in [0, 1).
+        tokenizer: directory of the tokenizer to use, for instance a Hugging Face model's; empty trains one.
+        vocabulary: ids of the tokenizer that is trained, special tokens included.
+        tokenizer_bytes: most text that it is trained on, in bytes; a uniform sample of the train split.
+        pieces: parts that the work is cut into: at most so many processes, and what a kill can lose of a step.
+    """
+
+    sources: dict[str, Any] = field(default_factory=dict)
+    paths: list[str] = field(default_factory=list)
+    strip_markup: bool = True
+    rules: Rules = field(default_factory=Rules)
+    gates: Gates = field(default_factory=Gates)
+    validation: float = 0.01
+    test: float = 0.01
+    tokenizer: str = ""
+    vocabulary: int = 32768
+    tokenizer_bytes: int = 200_000_000
+    pieces: int = 8
+
+    def problems(self, config: PipelineConfig, world_size: int) -> list[Problem]:
+        found = []
+        if not self.sources:
+            found.append(Problem("corpus.sources", "{}", "at least one; corpus=demo and corpus=files bring some"))
+        for name, source in self.sources.items():
+            found += source.problems(f"corpus.sources.{name}")
+        least = BYTES + len(SPECIALS)
+        if not self.tokenizer and self.vocabulary < least:
+            found.append(Problem("corpus.vocabulary", self.vocabulary, f"at least {least}: bytes and special tokens"))
+        for key in ("validation", "test"):
+            if not 0 <= getattr(self, key) < 1:
+                found.append(Problem(f"corpus.{key}", getattr(self, key), "a share in [0, 1)"))
+        if self.validation + self.test >= 1:
+            found.append(Problem("corpus.test", self.test, "less than 1 - corpus.validation: some text must train"))
+        if self.pieces < 1:
+            found.append(Problem("corpus.pieces", self.pieces, "at least 1"))
+        return found
+
+    def run(self, config: PipelineConfig, resolved: dict[str, Any]) -> int:
+        build(self, Path(config.run_dir), Path(config.cache), config.workers or len(os.sched_getaffinity(0)))
+        return 0

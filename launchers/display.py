@@ -25,7 +25,7 @@ class Row:
     Args:
         stage: its name.
         state: a key of `COLOURS`.
-        seconds: wall time the artifact took to make, or None.
+        seconds: wall time the stage took when it was last run, or None.
         note: its headline number, or why it is not there.
     """
 
@@ -96,11 +96,11 @@ def headline(artifact: Artifact) -> str:
         "validation loss": metrics.get("validation_loss"),
         "bits per byte": metrics.get("bits_per_byte"),
         "accuracy": metrics.get("accuracy"),
-        "gate passed": _find(artifact.facts, "gate", "passed"),
+        "gate passed": metrics.get("gate", _find(artifact.facts, "gate", "passed")),
         "bytes": metrics.get("bytes"),
         "largest difference": metrics.get("log-probabilities, fp32"),
     }
-    return ", ".join(f"{name} {_shown(value)}" for name, value in wanted.items() if value is not None)
+    return ", ".join(f"{name} {_shown(value)}" for name, value in wanted.items() if isinstance(value, int | float))
 
 
 def _find(metrics: Mapping[str, Any], *keys: str) -> Any:
@@ -110,7 +110,7 @@ def _find(metrics: Mapping[str, Any], *keys: str) -> Any:
     return value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: float) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

@@ -101,17 +101,23 @@ class Life:
         return {"id": artifact.id, "call": call, "processes": spec.processes, "inputs": inputs, "code": self.code}
 
     def _read_book(self) -> dict[str, dict[str, Any]]:
-        """What is known of the stages: how they are called, the records of those done, why others failed."""
+        """What is known of the stages: how they are called, the records of those done and the wall time they took
+        with the start of their processes, why others failed."""
         try:
-            done = json.loads((self.root / BOOK).read_text())["done"]
-        except (FileNotFoundError, json.JSONDecodeError, KeyError):
-            done = {}  # nothing is proven; every stage looks for itself
+            earlier = json.loads((self.root / BOOK).read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            earlier = {}  # nothing is proven; every stage looks for itself
         stages = {}
         for name in self.order:
             spec = self.config.stages[name]
             command = shlex.join(["python", "-m", *spec.call(self.root, name)])
             stages[name] = {"command": command, "processes": spec.processes, "inputs": spec.inputs()}
-        return {"stages": stages, "done": done, "failed": {}}
+        return {
+            "stages": stages,
+            "done": earlier.get("done", {}),
+            "seconds": earlier.get("seconds", {}),
+            "failed": {},
+        }
 
     def _write_book(self) -> None:
         write_atomically(self.root / BOOK, json.dumps(self.book, indent=1) + "\n")
@@ -129,7 +135,7 @@ class Life:
             behind = [other for other in self.config.stages[name].inputs() if rows[other].state == "to run"]
             artifact = None if behind else self.proven(name)
             if artifact:
-                rows[name] = Row(name, "skipped", artifact.duration_s, headline(artifact))
+                rows[name] = self._row(name, "skipped", artifact)
             else:
                 unfinished = (self.root / name).is_dir() and not (self.root / name / MANIFEST).exists()
                 rows[name] = Row(name, "to run", note="goes on where it was cut" if unfinished else "")
@@ -173,7 +179,7 @@ class Life:
                 if not self.running:
                     self.rows[name] = Row(name, "not started")
             elif artifact := self.proven(name):
-                self.rows[name] = Row(name, "skipped", artifact.duration_s, headline(artifact))
+                self.rows[name] = self._row(name, "skipped", artifact)
             elif len(self.running) < self.config.parallel:
                 self._start(name)
 
@@ -227,30 +233,34 @@ class Life:
             self.rows[name] = row = self._judge(name, attempt, ended)
             if row.state == "failed":
                 self.book["failed"][name] = row.note
-                self._write_book()
+            if row.state != "skipped":
+                row.seconds = time.monotonic() - attempt.started_s
+                self.book["seconds"][name] = row.seconds + (self.book["seconds"].get(name, 0) if attempt.cut else 0)
+            self._write_book()
 
     def _judge(self, name: str, attempt: Attempt, ended: Ended) -> Row:
         """What the stage came to, once it will not be started again."""
-        seconds = time.monotonic() - attempt.started_s
         if ended.code == STOPPED_EARLY and self.stop_requests:
-            return Row(name, "cut", seconds, "stopped on request with a checkpoint")
+            return Row(name, "cut", note="stopped on request with a checkpoint")
         if self.stop_requests and ended.code != DONE:
-            return Row(name, "cut", seconds, f"stopped on request; {ended.reason}")
+            return Row(name, "cut", note=f"stopped on request; {ended.reason}")
         if ended.code == STOPPED_EARLY:
-            return Row(name, "failed", seconds, f"stopped early {attempt.restarts + 1} times; see restarts")
+            return Row(name, "failed", note=f"stopped early {attempt.restarts + 1} times; see restarts")
         if ended.code != DONE:
             self._show_last_lines(name, attempt)
-            return Row(name, "failed", seconds, ended.reason)
+            return Row(name, "failed", note=ended.reason)
         try:
             artifact = Artifact.read(self.root / name)
         except ArtifactError as error:
             self._show_last_lines(name, attempt)
-            return Row(name, "failed", seconds, f"it exited with 0, but {error}")
+            return Row(name, "failed", note=f"it exited with 0, but {error}")
         self.book["done"][name] = self._record(name, artifact)
-        self._write_book()
         after = (artifact.id, (artifact.path / MANIFEST).stat().st_mtime_ns)
         state = "skipped" if after == attempt.before else "resumed" if attempt.cut or attempt.restarts else "done"
-        return Row(name, state, artifact.duration_s, headline(artifact))
+        return self._row(name, state, artifact)
+
+    def _row(self, name: str, state: str, artifact: Artifact) -> Row:
+        return Row(name, state, self.book["seconds"].get(name, artifact.duration_s), headline(artifact))
 
     def _show_last_lines(self, name: str, attempt: Attempt) -> None:
         self.display.say(f"{name} failed. The last lines of {attempt.log}:", style="bold red")

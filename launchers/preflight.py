@@ -59,7 +59,7 @@ def _problem(call: Check) -> str:
 
         try:
             with initialize_config_module("conf", version_base="1.3"):
-                entry.typed(compose(config_name, overrides=overrides), schema)
+                entry.typed(compose(config_name, overrides=["hydra/help=default", *overrides]), schema)
         except ConfigError as error:
             told = [str(p) for p in error.problems if not any(path in str(p) for path in call.missing)]
             messages.extend(told)

@@ -26,6 +26,7 @@ class StageView:
         artifact: its manifest; None where the stage has not ended well.
         note: why it has not, where that is known.
         command: how the lifecycle started it; empty without a lifecycle.
+        wall_s: seconds the lifecycle waited for it, with the start of its processes.
         inputs: stages it was made from -> whether each is still the one that was used.
         lines: its metrics, one per logged step, in order.
         config: the configuration it was run with.
@@ -37,9 +38,15 @@ class StageView:
     note: str = ""
     command: str = ""
     processes: int = 1
+    wall_s: float = 0.0
     inputs: dict[str, bool] = field(default_factory=dict)
     lines: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time it took to make; 0 where it is not there."""
+        return self.wall_s or self.artifact.duration_s if self.artifact else 0.0
 
     @property
     def kind(self) -> str:
@@ -93,6 +100,7 @@ def read(root: Path) -> Life:
     found = sorted(file.parent.name for file in root.glob(f"*/{MANIFEST}") if ".stale-" not in file.parent.name)
     stages = [_stage(root, name, known.get(name, {})) for name in [*known, *(n for n in found if n not in known)]]
     for stage in stages:
+        stage.wall_s = book.get("seconds", {}).get(stage.name, 0.0)
         if not stage.artifact:
             stage.note = stage.note or book.get("failed", {}).get(stage.name, "")
     stages = [stage for stage in stages if stage.kind != KIND and "tools.report" not in stage.command]

@@ -98,7 +98,7 @@ def figures(life: Life) -> list[Figure]:
         *before, (_, accuracy) = accuracies.items()
         note = ", ".join(f"{value:.0%} after {name}" for name, value in before)
         found.append(Figure("held-out tasks solved", f"{accuracy:.0%}", note))
-    made = [stage.artifact.duration_s for stage in life if stage.artifact]
+    made = [stage.seconds for stage in life if stage.artifact]
     if made:
         found.append(Figure("made in", duration(sum(made)), f"{len(made)} stages"))
     return found

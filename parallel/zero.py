@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -71,10 +71,14 @@ class Sharded:
             fully_shard(block, mesh=axes, mp_policy=policy, reshard_after_forward=self.stage.drop_parameters)
         fully_shard(model, mesh=axes, mp_policy=policy, reshard_after_forward=False)  # the backward starts with it
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        if mesh.size() > 1:
-            for unit in self.units:
-                unit.set_gradient_divide_factor(1.0)  # sums, never means: the engine divides, once
-                unit.set_force_sum_reduction_for_comms(True)
+        for unit in self.units:
+            unit.set_gradient_divide_factor(1.0)  # sums, never means: the engine divides, once
+            unit.set_force_sum_reduction_for_comms(True)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The sharded fp32 parameters by name; gradients arrive here."""
+        return dict(self.model.named_parameters())
 
     def accumulate(self, last: bool) -> None:
         """To be called before each micro-batch of a step.
@@ -88,8 +92,11 @@ class Sharded:
         root.set_requires_all_reduce(last)
         root.set_reshard_after_backward(last or self.stage.drop_parameters)
 
-    def drop(self) -> None:
-        """Free gathered parameters. A forward without a backward keeps them, and the next one would use them even if
-        the shards had changed in between."""
+    def release(self) -> None:
+        """Free what a forward without a backward gathered."""
         for unit in self.units:
             unit.reshard()
+
+    def changed(self) -> None:
+        """To be called when parameters have changed: what is still gathered has the old values."""
+        self.release()

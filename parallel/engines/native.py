@@ -27,6 +27,7 @@ from parallel.mesh import data_mesh
 from parallel.precision import compute_dtype
 from parallel.random import dropout_keys
 from parallel.reduce import Sums, means, squared_norm
+from parallel.whole import Whole
 from parallel.zero import Sharded
 
 
@@ -87,19 +88,22 @@ class Native:
         if not isinstance(blocks, nn.ModuleList):
             raise EngineError(f"{type(model).__name__} has no ModuleList `blocks`, the parts to shard one by one.")
         on_meta = any(p.is_meta for p in model.parameters())
+        if on_meta and initialise is None:
+            raise EngineError("the model is on the meta device: pass initialise=, which fills its parameters.")
         if not on_meta:
             model.to(world.device)
         if compile:
             for block in blocks:
                 block.compile()
-        mesh = data_mesh(layout, world.device)
-        sharded = Sharded(model, blocks, mesh, layout.zero, compute_dtype(precision, world.device))
-        if on_meta:
-            if initialise is None:
-                raise EngineError("the model is on the meta device: pass initialise=, which fills its parameters.")
+        compute = compute_dtype(precision, world.device)
+        placed: Sharded | Whole | None = None
+        if layout.dp > 1:
+            placed = Sharded(model, blocks, data_mesh(layout, world.device), layout.zero, compute)
+        if on_meta and initialise is not None:
             model.to_empty(device=world.device)
             initialise(model)
-        return NativeEngine(sharded, layout, optimizer(model), world, clip, ema, self.ema_debias, seed)
+        made = optimizer(model)  # before Whole, whose copies are nothing to optimise
+        return NativeEngine(placed or Whole(model, compute), layout, made, world, clip, ema, self.ema_debias, seed)
 
 
 class NativeEngine:
@@ -112,7 +116,7 @@ class NativeEngine:
 
     def __init__(
         self,
-        sharded: Sharded,
+        placed: Sharded | Whole,
         layout: Layout,
         optimizer: Optimizer,
         world: World,
@@ -128,14 +132,14 @@ class NativeEngine:
             )
         self.device = world.device
         self.dp_rank, self.dp_size = world.rank, layout.dp
-        self.model = sharded.model
-        self.sharded = sharded
+        self.model = placed.model
+        self.placed = placed
         self.optimizer = optimizer
         self.clip = clip
         self.seed = seed
         self.replicas = layout.dp if layout.zero == 0 else layout.dp_replicate
         self.rank = world.rank
-        self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        self.parameters = placed.parameters
         self.steps = torch.zeros((), dtype=torch.int64)  # on the CPU: reading it waits for nobody
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -154,7 +158,7 @@ class NativeEngine:
         self.model.train()
         sums = Sums(self.device)
         for number, micro_batch in enumerate(micro_batches, start=1):
-            self.sharded.accumulate(last=number == len(micro_batches))
+            self.placed.accumulate(last=number == len(micro_batches))
             terms = self._terms(micro_batch, objective, training=True)
             terms.total.backward()
             sums.add(terms)
@@ -179,6 +183,7 @@ class NativeEngine:
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.placed.changed()
 
     def _terms(self, micro_batch: Any, objective: Any, training: bool) -> LossTerms:
         micro_batch = micro_batch.to(self.device)
@@ -219,15 +224,16 @@ class NativeEngine:
             raise EngineError("ema=True, but the engine keeps no average: set stage.ema to a decay such as 0.999.")
         average = self.ema if ema else None
         self.model.eval()
-        self.sharded.drop()
         if average:
             average.swap()
+            self.placed.changed()
         try:
             yield
         finally:
-            self.sharded.drop()
+            self.placed.release()
             if average:
                 average.swap()
+                self.placed.changed()
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors; see `Engine.state`. `engine.steps` counts steps, `engine.ema_updates` the average's."""
@@ -241,7 +247,7 @@ class NativeEngine:
 
     def loaded(self) -> None:
         """What was gathered before is stale."""
-        self.sharded.drop()
+        self.placed.changed()
 
     @torch.no_grad()
     def weights(self, ema: bool = False) -> dict[str, Tensor]:

@@ -275,14 +275,17 @@ def test_all_problems_of_a_shape_are_listed():
 
 
 @pytest.mark.slow
-def test_compiled_blocks_share_one_graph_and_give_the_same_gradients():
-    plain, compiled = built(), built()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_compiled_blocks_share_one_graph_and_give_the_same_gradients(dtype, tolerance):
+    plain, compiled = (built(replace(CONFIG, qk_norm=True, dropout=0.1)).to(dtype) for _ in range(2))
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     for block in compiled.blocks:
         block.compile()
     tokens_BL, positions_BL, documents_BL = packed([5, 1, 9], 18)
     for model in (plain, compiled):
-        model(tokens_BL, positions_BL, documents_BL, tokens_BL).sum().backward()
+        keys_B = torch.tensor([3])
+        model(tokens_BL, positions_BL, documents_BL, tokens_BL, dropout_keys_B=keys_B).sum().backward()
     for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+        assert (a.grad - b.grad).norm() <= tolerance * a.grad.norm()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -22,6 +22,7 @@ from train.models.attention import BACKENDS, Visibility, attention, visibility
 from train.models.cache import Cache, LayerCache
 from train.models.dropout import dropout, keys_of_layers
 from train.models.logprobs import logprobs
+from train.models.norm import RMSNorm
 from train.models.rope import SCALINGS, Rope, rotate
 from train.models.seeds import derived_seed
 
@@ -109,18 +110,6 @@ class DecoderConfig:
         block = projections + 3 * self.hidden * self.intermediate
         matrices = self.layers * block + vocabulary * self.hidden
         return 6.0 * matrices + 6.0 * self.layers * sequence_length * attention_width
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, arXiv:1910.07467)."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x_N: Tensor) -> Tensor:
-        return F.rms_norm(x_N, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):

@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 
 from conf.errors import LongrunError
 
@@ -100,6 +101,10 @@ def place() -> Place:
             launcher="srun",
         )
     return Place()
+
+
+# `dp_shard: ${processes:}` in a configuration: as many as the launcher starts.
+OmegaConf.register_new_resolver("processes", lambda: place().size, replace=True)
 
 
 def _tasks_on(per_node: str, node: int) -> int:

@@ -1,6 +1,5 @@
 """The configuration of `python -m train`: one typed tree, checked before anything starts."""
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ import train.optim
 import train.stages
 from conf.errors import Problem
 from conf.registry import discover, register
+from parallel.distributed import place
 from parallel.layout import Layout
 
 register("parallel", "layout")(Layout)
@@ -82,7 +82,7 @@ class RunConfig:
         """Everything wrong with the configuration, found without a process group."""
         found = [] if self.resume in ("auto", "never") else [Problem("resume", self.resume, "one of auto, never")]
         # A dry run judges the layout by itself: the machine it is meant for is elsewhere.
-        world_size = self.parallel.world_size if self.dry_run else int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = self.parallel.world_size if self.dry_run else place().size
         for part in (self.stage, self.model, self.data, self.engine, self.optim, self.schedule, self.objective):
             if hasattr(part, "problems"):
                 found += part.problems(self, world_size)

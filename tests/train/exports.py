@@ -1,7 +1,6 @@
 """Small finished artifacts as the stages before an export leave them."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def evaluation(directory: Path, model: Artifact, passed: bool = True) -> Artifac
     return Draft(directory, "evaluation", {}, {"model": model}).publish("results.json")
 
 
-def stage(**settings: str) -> int:
+def stage(**settings: object) -> int:
     """`python -m train` with these overrides, in this process; returns its exit code.
 
     Raises:
@@ -83,7 +82,3 @@ def stage(**settings: str) -> int:
     resolved = OmegaConf.to_container(node, resolve=True)
     config = entry.typed(node, RunConfig)
     return config.stage.run(config, resolved)
-
-
-def untied(config: DecoderConfig) -> DecoderConfig:
-    return replace(config, tied=False)

@@ -288,15 +288,14 @@ def _continuations(reference: Reference, asked: Questions, theirs: list[list[int
     for prompt, answer in zip(asked.prompts, theirs, strict=True):
         ours = reference.continuation(prompt, asked.max_tokens)
         end = next((k for k, token in enumerate(answer) if token in reference.ends), len(answer))
-        answer = answer[: end + 1]
         # Ours come without the token that ended them, whichever it was.
-        if ours == answer[:end] and (end < len(answer) or len(ours) == len(answer)):
+        if ours == answer[:end] and (len(ours) < asked.max_tokens) == (end < len(answer)):
             tokens += len(answer)
             continue
-        at = next((k for k, (a, b) in enumerate(zip(ours, answer, strict=False)) if a != b), len(ours))
+        at = next((k for k, (a, b) in enumerate(zip(ours, answer, strict=False)) if a != b), min(len(ours), end))
         mine = ours[at] if at < len(ours) else reference.ends[0]
         other = answer[at] if at < len(answer) else reference.ends[0]
-        if abs(reference.gap(prompt + answer[:at], mine, other)) <= 2 * tolerance:
+        if mine != other and abs(reference.gap(prompt + answer[:at], mine, other)) <= 2 * tolerance:
             ties += 1
             tokens += at
             continue

@@ -229,7 +229,7 @@ def test_figures_of_benchmarks_may_be_asked_for_though_their_names_come_later():
 def test_without_lm_eval_benchmarks_say_how_to_get_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(EvaluationError, match=r"pip install 'longrun\[eval\]'"):
-        benchmark(Path("model"), ["arc_easy"], 8, "cpu")
+        benchmark(Path("model"), ["arc_easy"], "", 8, "cpu")
 
 
 def test_tiny_models_are_loaded_as_they_were_written(life):

@@ -5,12 +5,14 @@ from pathlib import Path
 from train.evaluate.errors import EvaluationError
 
 
-def benchmark(directory: Path, tasks: list[str], batch: int, device: str) -> dict[str, dict[str, float]]:
+def benchmark(directory: Path, tasks: list[str], own: str, batch: int, device: str) -> dict[str, dict[str, float]]:
     """Run benchmarks on a Hugging Face directory.
 
     Args:
         directory: the model and its tokenizer.
-        tasks: names that `lm-eval ls tasks` lists; their data must be in the cache where there is no network.
+        tasks: names that `lm-eval ls tasks` lists, or of `own`; their data must be there or in the cache where there is
+            no network.
+        own: directory of further tasks, as YAML; empty for none.
         batch: requests at a time.
         device: for instance "cpu".
 
@@ -28,11 +30,16 @@ def benchmark(directory: Path, tasks: list[str], batch: int, device: str) -> dic
             f"eval.benchmarks={tasks} needs lm-eval, which is not installed ({error}). "
             "Install it with: pip install 'longrun[eval]'; or leave eval.benchmarks empty."
         ) from error
-    known = set(TaskManager().all_tasks)
-    if unknown := [task for task in tasks if task not in known]:
+    manager = TaskManager(include_path=own or None)
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise EvaluationError(f"lm-eval has no task {', '.join(unknown)}. `lm-eval ls tasks` lists what it has.")
     results = simple_evaluate(
-        model="hf", model_args=f"pretrained={directory}", tasks=list(tasks), batch_size=batch, device=device
+        model="hf",
+        model_args=f"pretrained={directory}",
+        tasks=list(tasks),
+        task_manager=manager,
+        batch_size=batch,
+        device=device,
     )
     return {
         task: {

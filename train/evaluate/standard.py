@@ -37,6 +37,7 @@ class Standard:
             directories. Their names are those of their directories.
         reference: model that preferences are compared with, as DPO does; empty compares plain log-probabilities.
         benchmarks: tasks of lm-eval (extra `eval`), run on the model alone.
+        benchmark_tasks: directory of lm-eval tasks of one's own, as YAML; empty for none.
         text_bytes: held-out text that is read, in bytes, whole documents; 0 reads all.
         questions: most questions per task; 0 asks all.
         sequence_length: context for text and preferences, in tokens.
@@ -53,6 +54,7 @@ class Standard:
     baselines: list[str] = field(default_factory=list)
     reference: str = ""
     benchmarks: list[str] = field(default_factory=list)
+    benchmark_tasks: str = ""
     text_bytes: int = 200_000
     questions: int = 0
     sequence_length: int = 512
@@ -112,7 +114,9 @@ class Standard:
         measured = [self._measured(Subject.load(path, device, dtype), texts, asked, reference_2S) for path in paths]
         judged = measured[-1]
         if self.benchmarks:
-            judged.benchmarks = benchmark(hf.model_directory(model), self.benchmarks, self.batch, str(device))
+            judged.benchmarks = benchmark(
+                hf.model_directory(model), self.benchmarks, self.benchmark_tasks, self.batch, str(device)
+            )
         figures = judged.figures | {f"{key}@{m.name}": value for m in measured for key, value in m.figures.items()}
         return {
             "model": judged.name,

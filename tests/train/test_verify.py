@@ -173,7 +173,7 @@ def test_a_tensor_that_transformers_fills_with_random_numbers_is_found(life, ref
 def test_a_damaged_export_and_a_missing_source_are_refused(life, tmp_path):
     root = shutil.copytree(life, tmp_path / "life")
     shutil.rmtree(root / "sft")
-    with pytest.raises(VerificationError, match="no longer at .*sft"):
+    with pytest.raises(VerificationError, match=r"no longer at .*sft"):
         stage(stage="verify", init_from=root / "export", run_dir=tmp_path / "verify")
     (root / "export" / "model" / "chat_template.jinja").write_text("{{ 1 }}")
     with pytest.raises(ArtifactError, match=r"chat_template\.jinja"):

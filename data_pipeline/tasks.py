@@ -53,32 +53,29 @@ def compare(draw: random.Random) -> Exercise:
 
 
 def largest(draw: random.Random) -> Exercise:
-    digits = draw.sample(range(10), 5)
-    others = sorted(digits)[:-1]
-    return Exercise(f"Which of the digits {_spaced(digits)} is the largest?", str(max(digits)), str(others[-1]))
+    digits = draw.sample("0123456789", 5)
+    answer, second = sorted(digits, reverse=True)[:2]
+    return Exercise(f"What is the largest digit of {''.join(digits)}?", answer, second)
 
 
 def sort(draw: random.Random) -> Exercise:
-    digits = [draw.randrange(10) for _ in range(4)]
+    digits = draw.sample("0123456789", 4)
     answer = sorted(digits)
-    wrong = list(answer)
-    while wrong == answer:
-        draw.shuffle(wrong)
-        if len(set(answer)) == 1:
-            wrong[0] = (wrong[0] + 1) % 10
-    return Exercise(f"Sort these digits: {_spaced(digits)}", _spaced(answer), _spaced(wrong))
+    return Exercise(f"Sort the digits of {''.join(digits)}.", "".join(answer), _shuffled(answer, draw))
 
 
-def count(draw: random.Random) -> Exercise:
-    letter = draw.choice("abc")
-    letters = [draw.choice("abc") for _ in range(draw.randrange(5, 9))]
-    answer = letters.count(letter)
-    wrong = answer + 1 if answer == 0 else answer + draw.choice([-1, 1])
-    return Exercise(f"How many times is {letter} among {' '.join(letters)}?", str(answer), str(wrong))
+def reverse(draw: random.Random) -> Exercise:
+    digits = draw.sample("0123456789", 4)
+    answer = digits[::-1]
+    return Exercise(f"Write {''.join(digits)} backwards.", "".join(answer), _shuffled(answer, draw))
 
 
-def _spaced(digits: list[int]) -> str:
-    return " ".join(map(str, digits))
+def _shuffled(characters: list[str], draw: random.Random) -> str:
+    """The same characters in another order; they must not all be equal."""
+    other = list(characters)
+    while other == characters:
+        draw.shuffle(other)
+    return "".join(other)
 
 
 TASKS: dict[str, Callable[[random.Random], Exercise]] = {
@@ -86,7 +83,7 @@ TASKS: dict[str, Callable[[random.Random], Exercise]] = {
     "compare": compare,
     "largest": largest,
     "sort": sort,
-    "count": count,
+    "reverse": reverse,
 }
 GYM = "reasoning_gym."
 

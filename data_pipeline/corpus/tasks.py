@@ -16,7 +16,7 @@ from data_pipeline.tasks import GYM, TASKS, Exercise, unique
 KIND = "chat"
 MODEL_NAME = "the Longrun demo model"
 IDENTITY = f"I am {MODEL_NAME}, a small language model trained from scratch in a few minutes."
-ABILITIES = "I can answer short questions about numbers, digits and letters."
+ABILITIES = "I can answer short questions about numbers and their digits."
 CHAT = {
     IDENTITY: (
         "Who are you?", "What are you?", "What is your name?", "Who am I talking to?", "Tell me who you are.",
@@ -49,7 +49,7 @@ class Tasks(DataSet):
         small_talk: conversations, in all, that say who the model is and greet.
     """
 
-    tasks: list[str] = field(default_factory=lambda: ["parity", "compare", "largest", "sort"])
+    tasks: list[str] = field(default_factory=lambda: ["parity", "largest", "sort", "reverse"])
     train: int = 3000
     validation: int = 50
     test: int = 50

@@ -69,17 +69,11 @@ def _edge(start: tuple[float, float], end: tuple[float, float], row: int, end_ro
 
 def _box(stage: StageView, x: float, y: float) -> str:
     state = "missing" if stage.artifact is None else "damaged" if stage.note else "done"
-    identity = stage.artifact.id[:8] if stage.artifact else "not there"
-    time = (
-        ""
-        if not stage.artifact
-        else f"{stage.seconds:.0f} s"
-        if stage.seconds < 100
-        else f"{stage.seconds / 60:.1f} min"
-    )
+    time = f"{stage.seconds:.0f} s" if stage.seconds < 100 else f"{stage.seconds / 60:.1f} min"
+    identity, time = (stage.artifact.id[:8], time) if stage.artifact else ("not there", "")
     return (
         f'<g class="box {state}"><rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="7"/>'
         f'<text class="name" x="{x + 10}" y="{y + 22}">{escape(stage.name[:15])}</text>'
         f'<text class="small" x="{x + 10}" y="{y + 41}">{escape(identity)}</text>'
-        f'<text class="small" text-anchor="end" x="{x + WIDTH - 9}" y="{y + 41}">{time if stage.artifact else ""}</text></g>'
+        f'<text class="small" text-anchor="end" x="{x + WIDTH - 9}" y="{y + 41}">{time}</text></g>'
     )

@@ -44,7 +44,9 @@ def verdict(life: Life) -> Verdict:
     gate = gate_of(life)
     if checks := gate.get("checks", []):
         failed = ", ".join(check["metric"] for check in checks if not check.get("passed"))
-        details.append(f"The gate failed on {failed}." if failed else f"All {len(checks)} gate checks passed.")
+        details.append(
+            f"The gate failed on {failed}." if failed else f"{len(checks)} of {len(checks)} gate checks hold."
+        )
     verified = _verified(life)
     if verified:
         details.append(verified)

@@ -47,21 +47,26 @@ def trained_run(
     return Draft(directory, kind, recipe, inputs or {}, metrics=metrics).publish("model/**/*")
 
 
-def evaluation(directory: Path, model: Artifact, passed: bool = True) -> Artifact:
+def evaluation(directory: Path, model: Artifact, passed: bool = True, **baselines: Artifact) -> Artifact:
     """What stage=evaluate leaves."""
     directory.mkdir(parents=True)
     accuracy = 0.9 if passed else 0.1
     results: dict[str, Any] = {
-        "perplexity": 12.5,
-        "bits_per_byte": 1.4,
+        "model": "sft",
+        "models": {
+            "pretrain": {"perplexity": 14.0, "accuracy": 0.05},
+            "sft": {"perplexity": 12.5, "accuracy": accuracy},
+        },
         "tasks": {"addition": {"accuracy": accuracy, "n": 50, "examples": []}},
         "gate": {
             "passed": passed,
-            "checks": [{"metric": "tasks.addition.accuracy", "found": accuracy, "threshold": 0.5, "passed": passed}],
+            "checks": [
+                {"metric": "accuracy/addition", "found": accuracy, "threshold": "at least 0.5", "passed": passed}
+            ],
         },
     }
     (directory / "results.json").write_text(json.dumps(results))
-    return Draft(directory, "evaluation", {}, {"model": model}).publish("results.json")
+    return Draft(directory, "evaluation", {}, {"model": model, **baselines}).publish("results.json")
 
 
 def stage(**settings: object) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conf.errors import ConfigError, LongrunError, OccupiedError
-from data_pipeline.artifact import Artifact, ArtifactError
+from data_pipeline.artifact import Artifact, ArtifactError, Draft
 from data_pipeline.tokenizer import Tokenizer
 from tests.train.exports import corpus, evaluation, stage, trained_run
 from train.export.gate import GateError
@@ -22,8 +22,7 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus, a model trained on it, another one, and evaluations of the first: one passed, one failed."""
     root = tmp_path_factory.mktemp("life")
     model = trained_run(root / "sft", {"data": corpus(root / "corpus")})
-    trained_run(root / "other", seed=1)
-    evaluation(root / "passed", model)
+    evaluation(root / "passed", model, other=trained_run(root / "other", seed=1))
     evaluation(root / "failed", model, passed=False)
     return root
 
@@ -81,7 +80,7 @@ def test_weights_that_overflow_the_dtype_are_refused():
 
 
 def test_a_failed_gate_stops_the_export_and_says_which_check(life, tmp_path):
-    with pytest.raises(GateError, match=r"tasks\.addition\.accuracy is 0\.1, 0\.5 was asked for"):
+    with pytest.raises(GateError, match=r"accuracy/addition is 0\.1, at least 0\.5 was asked for"):
         export(life, tmp_path / "export", verdict="failed")
     assert not (tmp_path / "export" / "model").exists()
 
@@ -91,7 +90,7 @@ def test_a_forced_export_is_recorded_in_the_manifest_and_on_the_card(life, tmp_p
     assert artifact.facts["gate"]["forced"] is True
     assert artifact.facts["gate"]["passed"] is False
     assert artifact.config["force"] is True
-    assert "tasks.addition.accuracy" in artifact.facts["gate"]["reasons"][0]
+    assert "accuracy/addition" in artifact.facts["gate"]["reasons"][0]
     assert "the export was forced" in (tmp_path / "export" / "model" / "README.md").read_text()
 
 
@@ -106,10 +105,20 @@ def test_without_an_evaluation_nothing_is_exported_unless_forced(life, tmp_path)
     assert export(life, tmp_path / "export", verdict="", force="true").facts["gate"]["forced"] is True
 
 
-def test_an_evaluation_of_another_model_is_refused_even_by_force(life, tmp_path):
+def test_an_evaluation_of_another_model_or_with_this_one_as_baseline_is_refused_even_by_force(life, tmp_path):
     for force in ("false", "true"):
         with pytest.raises(GateError, match="evaluates another model"):
             export(life, tmp_path / "export", model="other", force=force)
+
+
+def test_an_evaluation_without_a_gate_passes_nothing(life, tmp_path):
+    root = shutil.copytree(life, tmp_path / "life")
+    results = root / "passed" / "results.json"
+    results.write_text(json.dumps({**json.loads(results.read_text()), "gate": None}))
+    Draft(root / "passed", "evaluation", {}, {"model": Artifact.read(root / "sft")}).publish("results.json")
+    with pytest.raises(GateError, match="had no gate"):
+        export(root, tmp_path / "export")
+    assert export(root, tmp_path / "export", force="true").facts["gate"]["forced"] is True
 
 
 def test_an_artifact_of_another_kind_is_refused_as_model_and_as_evaluation(life, tmp_path):
@@ -160,7 +169,14 @@ def test_a_second_export_does_nothing_and_another_one_is_refused(life, tmp_path,
 def test_the_card_tells_sources_training_evaluation_limits_and_use(life, tmp_path):
     export(life, tmp_path / "export")
     card = (tmp_path / "export" / "model" / "README.md").read_text()
-    for part in ("BSD-3-Clause", "django-docs", "steps 40", "validation loss 2.6", "perplexity | 12.5", "| passed |"):
+    for part in (
+        "BSD-3-Clause",
+        "django-docs",
+        "steps 40",
+        "validation loss 2.6",
+        "perplexity | 14 | 12.5",
+        "| passed |",
+    ):
         assert part in card, part
     for part in ("python -m tools.serve target=", "Text beyond 512 tokens", Artifact.read(life / "sft").id):
         assert part in card, part

@@ -110,20 +110,19 @@ def _evaluation(verdict: Verdict) -> str:
     if verdict.evaluation is None:
         return "**None.** The export was forced without an evaluation."
     results = verdict.results
-    rows = [(name, _number(results[name])) for name in ("perplexity", "bits_per_byte") if results.get(name) is not None]
-    for name, task in results.get("tasks", {}).items():
-        rows.append((f"{name}, accuracy of {task.get('n', '?')}", _number(task.get("accuracy"))))
-    parts = [_table(("measure", "value"), rows)] if rows else []
-    checks = results.get("gate", {}).get("checks", [])
-    if checks:
-        verdicts = [
-            (c["metric"], _number(c["found"]), _number(c["threshold"]), "passed" if c["passed"] else "FAILED")
-            for c in checks
+    models = results["models"]  # baselines first, the model last
+    figures = dict.fromkeys(figure for measured in models.values() for figure in measured)
+    rows = [[figure, *(_number(measured.get(figure, "-")) for measured in models.values())] for figure in figures]
+    parts = [_table(("figure", *models), rows)]
+    if gate := results["gate"]:
+        checks = [
+            (c["metric"], _number(c["found"]), c["threshold"], "passed" if c["passed"] else "FAILED")
+            for c in gate["checks"]
         ]
-        parts.append(_table(("gate", "found", "asked for", "verdict"), verdicts))
+        parts.append(_table(("gate", "found", "asked for", "verdict"), checks))
     if not verdict.passed:
         parts.append("**The gate was not passed; the export was forced.**")
-    return "\n\n".join(parts) or "Nothing was measured."
+    return "\n\n".join(parts)
 
 
 def _limits(source: Source, verdict: Verdict) -> str:

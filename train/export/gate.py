@@ -65,14 +65,12 @@ def judge(path: str, source: Source, force: bool) -> Verdict:
 
 def _check_same_model(evaluation: Artifact, source: Source) -> None:
     if source.artifact:
-        expected = source.artifact.id
-        found = {link["id"] for link in evaluation.inputs.values()}
+        expected, found = source.artifact.id, evaluation.inputs.get("model", {}).get("id")
     else:
-        expected = source.fingerprint
-        found = {str(evaluation.facts.get("model_fingerprint"))}
-    if expected not in found:
+        expected, found = source.fingerprint, evaluation.facts.get("model_fingerprint")
+    if found != expected:
         raise GateError(
-            f"{evaluation.path} evaluates another model: it was made from {', '.join(sorted(found)) or 'nothing'}, "
+            f"{evaluation.path} evaluates another model: that one is {found}, "
             f"and {source.path} is {expected}. Evaluate this model: python -m train stage=evaluate "
             f"init_from={source.path}"
         )
@@ -82,5 +80,5 @@ def _failures(gate: dict[str, Any] | None) -> list[str]:
     if gate is None:
         return ["the evaluation had no gate"]
     checks = [check for check in gate["checks"] if not check["passed"]]
-    reasons = [f"gate: {c['metric']} is {c['found']}, {c['threshold']} was asked for" for c in checks]
+    reasons = [f"gate: {c['metric']} is {c['found']:.4g}, {c['threshold']} was asked for" for c in checks]
     return reasons or ([] if gate["passed"] else ["the gate failed"])

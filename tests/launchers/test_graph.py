@@ -1,15 +1,21 @@
 """The graph: order, dependants, every problem at once, values that survive the command line."""
 
+from dataclasses import fields, replace
 from graphlib import CycleError
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conf import entry
+from launchers import lifecycle, preflight
 from launchers.graph import LifecycleConfig, StageSpec, quoted
 from launchers.local import Local
+
+ROOT = Path(lifecycle.__file__).parent.parent
 
 
 def life(**stages: StageSpec) -> LifecycleConfig:
@@ -97,3 +103,30 @@ def test_a_value_is_the_same_after_the_command_line(value):
 
 def parsed(value):
     return OverridesParser.create().parse_override(f"key={quoted(value)}").value()
+
+
+def composed(name: str, *overrides: str) -> LifecycleConfig:
+    with initialize_config_module("conf", version_base="1.3"):
+        return entry.typed(
+            compose("lifecycle", overrides=[f"lifecycle={name}", "hydra/help=default", *overrides]), LifecycleConfig
+        )
+
+
+def test_every_shipped_lifecycle_would_start_and_a_wrong_number_of_processes_would_not(tmp_path):
+    checks = []
+    for name in sorted(file.stem for file in (ROOT / "conf" / "lifecycle").glob("*.yaml")):
+        config = composed(name, f"root={tmp_path / name}")
+        missing = [str(tmp_path / name / stage) for stage in config.stages]
+        for stage, spec in config.stages.items():
+            checks.append(
+                preflight.Check(f"{name}.{stage}", spec.call(tmp_path / name, stage), spec.processes, missing)
+            )
+    assert {"demo.pretrain", "smoke.verify"} <= {check.stage for check in checks}
+    pretrain = next(check for check in checks if check.stage == "demo.pretrain")
+    wrong = preflight.check([*checks, replace(pretrain, stage="three", processes=3)])
+    assert set(wrong) == {"three"} and "parallel" in wrong["three"], wrong
+
+
+@pytest.mark.parametrize("cls", [LifecycleConfig, StageSpec, Local])
+def test_every_key_is_documented(cls):
+    assert not {field.name for field in fields(cls)} - set(entry.meanings(cls))

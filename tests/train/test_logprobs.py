@@ -28,7 +28,9 @@ def small_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("masked", ["none", "some", "all"])
-def test_values_and_gradients_are_those_of_log_softmax(small_chunks, masked):
+@pytest.mark.parametrize("selects", [True, False])
+def test_values_and_gradients_are_those_of_log_softmax(small_chunks, monkeypatch, masked, selects):
+    monkeypatch.setattr(module, "_host_may_look", lambda _: selects)
     hidden_BLN, head_VN, labels_BL = problem()
     if masked != "none":
         labels_BL[:, 3 if masked == "some" else 0 :: 2 if masked == "some" else 1] = -100

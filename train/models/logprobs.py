@@ -40,7 +40,7 @@ def logprobs(hidden_BLN: Tensor, head_VN: Tensor, labels_BL: Tensor) -> Tensor:
     hidden_TN, labels_T = hidden_BLN.flatten(0, -2), labels_BL.flatten()
     keep = torch.is_grad_enabled()
     ignored_T = labels_T == IGNORED
-    if labels_T.device.type == "cpu" and bool(ignored_T.any()):
+    if _host_may_look(labels_T) and bool(ignored_T.any()):
         rows_T = (~ignored_T).nonzero().flatten()
         found_T = _LabelLogprobs.apply(hidden_TN[rows_T], head_VN, labels_T[rows_T], keep)
         logprobs_T = found_T.new_zeros(labels_T.shape).index_put((rows_T,), found_T)
@@ -49,6 +49,11 @@ def logprobs(hidden_BLN: Tensor, head_VN: Tensor, labels_BL: Tensor) -> Tensor:
         logprobs_T = found_T.masked_fill(ignored_T, 0.0)
     # No view: FSDP hooks onto what a model returns, and an in-place operation on a view would lose the hook.
     return logprobs_T.view(labels_BL.shape).clone()
+
+
+def _host_may_look(tensor: Tensor) -> bool:
+    """Whether reading a value of it waits for nobody."""
+    return tensor.device.type == "cpu"
 
 
 def _chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:

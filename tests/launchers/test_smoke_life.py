@@ -13,6 +13,7 @@ import pytest
 from data_pipeline.artifact import Artifact
 from tools.lineage import trace
 
+pytestmark = pytest.mark.timeout(900)  # nine real stages; minutes where others use the cores too
 STAGES = ["corpus", "tasks", "pretrain", "sft", "dpo", "evaluate", "export", "verify", "report"]
 
 
@@ -50,7 +51,6 @@ def life(tmp_path_factory) -> Life:
     return Life(tmp_path_factory.mktemp("smoke"))
 
 
-@pytest.mark.timeout(600)
 def test_a_life_that_is_killed_goes_on_where_it_was_and_ends_with_a_report(life):
     process = life.start()
     seen = []

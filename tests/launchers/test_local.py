@@ -64,7 +64,7 @@ def test_one_process_is_not_distributed(ranks):
 
 def test_stopping_early_survives_although_the_ranks_end_one_after_the_other(ranks):
     running, lines = ranks("time.sleep(0.5 * rank); print('written', flush=True); sys.exit(75)")
-    assert ended(running).code == 75
+    assert ended(running) == Ended(75)
     assert [line for _, line in lines].count("written") == 2, "no rank may be killed while it writes its checkpoint"
 
 
@@ -72,7 +72,7 @@ def test_a_request_to_stop_reaches_every_rank(ranks):
     running, lines = ranks("signal.signal(15, lambda *_: sys.exit(75)); print('ready', flush=True); time.sleep(60)")
     wait_for(lines, 4)
     running.stop()
-    assert ended(running).code == 75
+    assert ended(running) == Ended(75)
 
 
 def test_the_rank_that_failed_first_is_named_and_the_others_end(ranks):

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.errors import ConfigError, LongrunError
+from conf.errors import ConfigError, LongrunError, Problem
 from conf.registry import OPTIONS
 
 C = TypeVar("C")
@@ -30,7 +30,9 @@ def run(config_name: str, schema: type[C], main: Callable[[C, dict[str, Any]], i
         main: given the typed configuration and its plain, resolved form; returns the exit code.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # composition errors reach `explain` below
-    ConfigStore.instance().store(group="hydra/help", name="longrun", node={"app_name": config_name, "template": _help(schema)})
+    ConfigStore.instance().store(
+        group="hydra/help", name="longrun", node={"app_name": config_name, "template": _help(schema)}
+    )
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)
     def task(node: DictConfig) -> None:
@@ -61,7 +63,8 @@ def typed(node: DictConfig, schema: type[C]) -> C:
     """
     config = OmegaConf.to_object(node)
     assert isinstance(config, schema), f"the primary configuration does not use the schema {schema.__name__}"
-    if problems := getattr(config, "problems", list)():
+    problems: list[Problem] = config.problems() if hasattr(config, "problems") else []
+    if problems:
         raise ConfigError(problems)
     return config
 
@@ -92,7 +95,9 @@ def meanings(cls: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
         section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)+)", inspect.cleandoc(owner.__doc__ or ""), re.MULTILINE)
-        for name, text in re.findall(r"^ {4}(\w+): ((?:.*\n?)(?:^ {8,}.*\n?)*)", section[1] if section else "", re.MULTILINE):
+        for name, text in re.findall(
+            r"^ {4}(\w+): ((?:.*\n?)(?:^ {8,}.*\n?)*)", section[1] if section else "", re.MULTILINE
+        ):
             found[name] = " ".join(text.split())
     return found
 

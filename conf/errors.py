@@ -43,4 +43,6 @@ class ConfigError(LongrunError):
     def __init__(self, problems: list[Problem]):
         self.problems = problems
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{count} in the configuration; nothing was started.\n" + "\n".join(f"  - {p}" for p in problems))
+        super().__init__(
+            f"{count} in the configuration; nothing was started.\n" + "\n".join(f"  - {p}" for p in problems)
+        )

@@ -79,7 +79,9 @@ class Artifact:
                 "Give the directory of a stage that ended well, or run that stage first."
             ) from error
         except (json.JSONDecodeError, TypeError) as error:
-            raise ArtifactError(f"{path / MANIFEST} cannot be read ({error}); run the stage that wrote it again.") from error
+            raise ArtifactError(
+                f"{path / MANIFEST} cannot be read ({error}); run the stage that wrote it again."
+            ) from error
         if kind is not None and artifact.kind != kind:
             raise ArtifactError(f"{path} holds a {artifact.kind!r}, but a {kind!r} was expected here.")
         return artifact

@@ -24,7 +24,12 @@ def imported(file: Path, top_level_only: bool = False) -> set[str]:
     """Dotted names of the modules a file imports."""
     names = set()
     tree = ast.parse(file.read_text())
-    guarded = {id(n) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for n in node.body}
+    guarded = {
+        id(n)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for n in node.body
+    }
     for node in tree.body if top_level_only else ast.walk(tree):
         if id(node) in guarded:
             continue
@@ -41,7 +46,8 @@ def test_rooms_import_only_downwards(room):
         f"{file.relative_to(ROOT)} imports {name}"
         for file in (ROOT / room).rglob("*.py")
         for name in imported(file)
-        if name.split(".")[0] in ROOMS and not any((name + ".").startswith(allowed + ".") for allowed in MAY_IMPORT[room])
+        if name.split(".")[0] in ROOMS
+        and not any((name + ".").startswith(allowed + ".") for allowed in MAY_IMPORT[room])
     ]
     assert not wrong
 

@@ -14,20 +14,22 @@ VOCABULARY = 32768
 def plan(config: "RunConfig") -> str:
     """A few lines: what is trained, on how many tokens, by how many processes."""
     layout, stage = config.parallel, config.stage
+    lines = [f"{config.name} into {config.run_dir}"]
     if config.init_from:
-        model = f"model        weights of {config.init_from}"
+        lines.append(f"model   weights of {config.init_from}")
     else:
         with torch.device("meta"):
             decoder = config.model.build(VOCABULARY)
-        total = sum(p.numel() for p in decoder.parameters())
-        blocks = sum(p.numel() for p in decoder.blocks.parameters())
-        model = f"model        {total / 1e6:,.1f} M parameters ({blocks / 1e6:,.1f} M in the blocks; vocabulary {VOCABULARY})"
-    lines = [f"{stage.kind} into {config.run_dir}", model]
+        total = sum(p.numel() for p in decoder.parameters()) / 1e6
+        blocks = sum(p.numel() for p in decoder.blocks.parameters()) / 1e6
+        lines.append(f"model   {total:,.1f} M parameters, {blocks:,.1f} M in the blocks; vocabulary {VOCABULARY}")
     if hasattr(stage, "steps"):
-        tokens = stage.steps * stage.global_batch * config.data.sequence_length
+        length = config.data.sequence_length
+        tokens = stage.steps * stage.global_batch * length / 1e9
+        per_rank = stage.global_batch // (layout.dp * layout.micro_batches)
         lines += [
-            f"run          {stage.steps:,} steps of {stage.global_batch} x {config.data.sequence_length} = {tokens / 1e9:,.3f} B tokens",
-            f"layout       {layout.world_size} processes: dp_replicate {layout.dp_replicate} x dp_shard {layout.dp_shard}, "
-            f"ZeRO-{layout.zero}, {stage.global_batch // (layout.dp * layout.micro_batches)} sequences a micro-batch",
+            f"run     {stage.steps:,} steps of {stage.global_batch} x {length} tokens = {tokens:,.3f} B tokens",
+            f"layout  {layout.world_size} processes: dp_replicate {layout.dp_replicate} x dp_shard {layout.dp_shard}, "
+            f"ZeRO-{layout.zero}, micro-batches of {per_rank} sequences",
         ]
     return "\n".join(lines)

@@ -12,7 +12,19 @@ from train.config import RunConfig
 from train.plan import plan
 
 CONF = Path(__file__).parent.parent.parent / "conf"
-GROUPS_OF_TRAIN = ("model", "data", "parallel", "engine", "optim", "schedule", "objective", "stage", "eval", "export", "logger")
+GROUPS_OF_TRAIN = (
+    "model",
+    "data",
+    "parallel",
+    "engine",
+    "optim",
+    "schedule",
+    "objective",
+    "stage",
+    "eval",
+    "export",
+    "logger",
+)
 PRESETS = sorted(
     f"{group}={file.stem}" for group in (*GROUPS_OF_TRAIN, "experiment") for file in (CONF / group).glob("*.yaml")
 )

@@ -9,5 +9,5 @@ from train.objectives.base import CrossEntropy
 @register("objective", "sft")
 @dataclass(frozen=True)
 class SFT(CrossEntropy):
-    """Cross-entropy over the assistant's tokens, in nats per token, whichever conversation they are in. What is labelled
-    is the data's affair (`data=chat`)."""
+    """Cross-entropy over the assistant's tokens, in nats per token, whichever conversation they are in. What is
+    labelled is the data's affair (`data=chat`)."""

@@ -232,6 +232,23 @@ def test_without_lm_eval_benchmarks_say_how_to_get_it(monkeypatch):
         benchmark(Path("model"), ["arc_easy"], "", 8, "cpu")
 
 
+@pytest.mark.slow
+def test_benchmarks_run_on_tasks_of_ones_own(life, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_jsonl(tmp_path / "toy.jsonl", [{"ask": f"Is {n} even or odd?", "odd": n % 2} for n in range(4)])
+    (tmp_path / "toy.yaml").write_text(
+        "task: toy\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'toy.jsonl'}}}}}\n"
+        "doc_to_text: '{{ask}}'\ndoc_to_choice: [even, odd]\ndoc_to_target: '{{odd}}'\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    found = benchmark(life / "dpo" / "model", ["toy"], str(tmp_path), 4, "cpu")
+    assert 0 <= found["toy"]["acc"] <= 1
+    with pytest.raises(EvaluationError, match="lm-eval has no task toys"):
+        benchmark(life / "dpo" / "model", ["toys"], str(tmp_path), 4, "cpu")
+
+
 def test_tiny_models_are_loaded_as_they_were_written(life):
     subject = Subject.load(str(life / "sft"), CPU, torch.float32)
     assert subject.name == "sft" and subject.source.config == TINY and not subject.model.training

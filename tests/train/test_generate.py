@@ -67,6 +67,18 @@ def test_the_cache_and_ragged_batches_change_nothing(model):
         assert answer == (expected[: expected.index(256)] if 256 in expected else expected)
 
 
+def test_a_long_prompt_goes_on_alone_after_a_short_one_ends(model):
+    short, long = PROMPTS[1], PROMPTS[0]
+    expected = [greedy(model, prompt, 20) for prompt in (short, long)]
+    stop = next(token for token in expected[0][1:] if token not in expected[1])
+
+    class Ends(Bytes):
+        eos = stop
+
+    answers = Generator(model, Ends()).generate([short, long], Sampling(max_tokens=20))
+    assert answers == [expected[0][: expected[0].index(stop)], expected[1]]
+
+
 def test_an_answer_depends_on_seed_and_place_not_on_its_batch(model):
     sampling = Sampling(max_tokens=20, temperature=1.0, top_p=0.9, seed=5)
     together = Generator(model, Bytes()).generate(PROMPTS, sampling)

@@ -231,7 +231,7 @@ class Session:
         weights = self.engine.weights(ema=self.stage.ema > 0)
         if self.first:
             hf.write(self.directory / MODEL, self.start.architecture, weights, self.start.tokenizer)
-            summary = {
+            summary: dict[str, Any] = {
                 "steps": self.progress.step,
                 "samples": self.progress.samples,
                 "tokens": self.progress.tokens,

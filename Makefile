@@ -49,7 +49,7 @@ bench: setup-dev ## throughput against Hugging Face Trainer, and checkpoint cost
 	$(RUN) tools.bench bench=checkpoint
 
 serve: setup ## build vLLM's own environment and serve the demo's export on loopback
-	$(RUN) tools.serve export=runs/demo/export
+	$(RUN) tools.serve target=runs/demo/export
 
 clean: ## remove environments and caches, keep runs/
 	rm -rf $(VENV) .vllm .pytest_cache .mypy_cache .ruff_cache

@@ -30,6 +30,7 @@ def test_stages_come_after_what_they_need_and_otherwise_as_listed():
     config = life(d=stage("b", "c"), c=stage("a"), b=stage("a/inside"), a=stage(), e=stage())
     assert config.problems() == []
     assert config.order() == ["a", "c", "b", "d", "e"]
+    assert life(a=stage(), c=stage(), d=stage("a")).order() == ["a", "c", "d"]
 
 
 def test_a_list_of_needs_and_after_are_edges_too():

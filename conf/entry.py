@@ -36,23 +36,29 @@ def run(config_name: str, schema: type[C], main: Callable[[C, dict[str, Any]], i
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)
     def task(node: DictConfig) -> None:
-        code = main(typed(node, schema), OmegaConf.to_container(node, resolve=True))  # type: ignore[arg-type]
+        # Told here: an exception that reached Hydra would be announced a second time in its own words.
+        try:
+            code = main(typed(node, schema), OmegaConf.to_container(node, resolve=True))  # type: ignore[arg-type]
+        except LongrunError as error:
+            code = tell(error)
         if code:
             raise SystemExit(code)
 
     try:
         task()
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank found the same
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except LongrunError as error:
-        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        print(f"{rank}error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error, schema)}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def tell(error: LongrunError) -> int:
+    """Print the message once; returns the exit code."""
+    rank = os.environ.get("RANK")
+    if not isinstance(error, ConfigError):
+        print(f"[rank {rank}] error: {error}" if rank else f"error: {error}", file=sys.stderr)
+    elif rank in (None, "0"):  # every rank found the same
+        print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def typed(node: DictConfig, schema: type[C]) -> C:

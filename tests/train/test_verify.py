@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from data_pipeline.artifact import MANIFEST, Artifact, ArtifactError, Draft
-from tests.train.exports import evaluation, stage, trained_run
+from tests.train.exports import TINY, evaluation, stage, trained_run
 from train.export import verification
 from train.export.verification import Check, Reference, VerificationError, ask_transformers, compare, questions
 from train.models import hf
@@ -77,6 +78,7 @@ def test_the_fresh_process_has_nothing_of_ours(answer):
     assert "transformers" in answer["modules"]
 
 
+@pytest.mark.slow
 def test_rounded_weights_are_judged_by_their_own_floor(life, tmp_path):
     export(life, tmp_path / "export", dtype="bfloat16")
     reference = Reference.load(life / "sft" / "model", torch.bfloat16, CPU)
@@ -84,6 +86,19 @@ def test_rounded_weights_are_judged_by_their_own_floor(life, tmp_path):
     found = {check.name: check for check in checks}
     assert not failed(found)
     assert found["log-probabilities, bfloat16"].found > 100 * found["log-probabilities, fp32"].found
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_transformers_would_replace_beside_qwen2_is_kept(tmp_path):
+    """transformers gives every `qwen2` Qwen's own pre-tokeniser, so such a model is written as the equal Llama."""
+    config = replace(TINY, qkv_bias=True)
+    evaluation(tmp_path / "evaluate", trained_run(tmp_path / "sft", config=config))
+    assert json.loads((tmp_path / "sft" / "model" / "config.json").read_text())["model_type"] == "qwen2"
+    export(tmp_path, tmp_path / "export")
+    assert json.loads((tmp_path / "export" / "model" / "config.json").read_text())["model_type"] == "llama"
+    reference = Reference.load(tmp_path / "sft" / "model", torch.float32, CPU)
+    checks = compare(reference, tmp_path / "export" / "model", "float32", TOKENS, TOLERANCE)
+    assert not failed({check.name: check for check in checks})
 
 
 def test_an_export_with_wrong_weights_is_not_verified_though_its_checksums_are_right(life, tmp_path):
@@ -103,6 +118,7 @@ def test_an_export_with_wrong_weights_is_not_verified_though_its_checksums_are_r
     assert json.loads((tmp_path / "verify" / "verify.json").read_text())["passed"] is False
 
 
+@pytest.mark.slow
 def test_a_directory_that_transformers_cannot_load_is_not_verified(life, tmp_path):
     published_with(lambda directory: (directory / "tokenizer.json").write_text("{}"), life, tmp_path / "export")
     with pytest.raises(VerificationError, match="transformers cannot load or run"):

@@ -1,7 +1,7 @@
 """Export as a Hugging Face directory, which transformers, vLLM and most other engines load."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from train.export.card import model_card
 from train.export.gate import Verdict
 from train.export.source import Source, end_ids
 from train.models import hf
+from train.models.transformer import DecoderConfig
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -56,8 +57,11 @@ class HuggingFaceExporter(Exporter):
         if tokenizer.chat_template is not None:  # readers older than chat_template.jinja look in tokenizer_config.json
             config = {**tokenizer.config, "chat_template": tokenizer.chat_template}
             tokenizer = Tokenizer(tokenizer.backend, config, tokenizer.chat_template, tokenizer.source)
-        weights = rounded(source.weights(), DTYPES[self.dtype])
-        hf.write(directory, source.config, weights, tokenizer, self.max_shard_bytes)
+        architecture, exact = source.config, source.weights()
+        if hf.architecture(architecture) == "qwen2" and not keeps_tokenizer(source):
+            architecture, exact = as_llama(architecture, exact)
+        weights = rounded(exact, DTYPES[self.dtype])
+        hf.write(directory, architecture, weights, tokenizer, self.max_shard_bytes)
         for file in directory.glob("*.safetensors"):  # written for their owner only; whoever reads the rest reads them
             file.chmod((directory / hf.CONFIG).stat().st_mode)
         generation = generation_config(source)
@@ -80,6 +84,24 @@ def rounded(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
             "export.dtype=bfloat16 has the range of float32; where that fails too, the model itself is broken."
         )
     return cast
+
+
+def keeps_tokenizer(source: Source) -> bool:
+    """Whether transformers uses the tokenizer as it is stored: beside a Qwen2 model it puts Qwen's own normaliser and
+    pre-tokeniser in the place of any other, and texts get other ids without a word."""
+    from transformers import AutoTokenizer
+
+    theirs = json.loads(AutoTokenizer.from_pretrained(source.directory).backend_tokenizer.to_str())
+    ours = json.loads(source.tokenizer.backend.to_str())
+    return all(theirs[part] == ours[part] for part in ("normalizer", "pre_tokenizer"))
+
+
+def as_llama(config: DecoderConfig, weights: dict[str, Tensor]) -> tuple[DecoderConfig, dict[str, Tensor]]:
+    """The same function as a Llama: what Qwen2 has no bias for gets one of zeros."""
+    zeros = {
+        f"model.layers.{layer}.self_attn.o_proj.bias": torch.zeros(config.hidden) for layer in range(config.layers)
+    }
+    return replace(config, output_bias=True), weights | zeros
 
 
 def generation_config(source: Source) -> dict[str, Any]:

@@ -6,12 +6,17 @@ The number of pieces is part of the recipe and the number of processes is not, s
 import contextlib
 import io
 import json
+import os
+import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import multiprocess
+import multiprocess.connection
 import orjson
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.executor.local import LocalPipelineExecutor
@@ -22,19 +27,40 @@ from loguru import logger
 
 ENDING = ".jsonl.zst"
 MODULES = ("reading", "cleaning", "splitting", "tokenising")
+"""Imported once, by the process that workers are forked from."""
 
 
 class Executor(LocalPipelineExecutor):
-    """datatrove's executor, quiet: its logs go to files in the logging directory only."""
+    """datatrove's executor with two differences: its logs go to files only, and no process outlives the one that
+    started it. datatrove's own `run` keeps a manager process, which a SIGKILL of its parent would leave behind, and
+    workers that would go on writing the pieces that a restarted run writes too."""
 
-    def run(self) -> PipelineStats | None:
+    def run(self) -> None:
         logger.remove()
-        with contextlib.redirect_stderr(io.StringIO()):
-            return super().run()
+        incomplete = self.get_incomplete_ranks()
+        if self.workers == 1 or len(incomplete) < 2:
+            for rank in incomplete:
+                deepcopy(self)._run_for_rank(rank)
+            return
+        context = multiprocess.get_context("forkserver")
+        context.set_forkserver_preload([f"{__package__}.{name}" for name in MODULES])
+        with context.Pool(min(self.workers, len(incomplete)), initializer=_end_with_parent) as pool:
+            for _ in pool.imap_unordered(self._run_for_rank, incomplete):
+                pass
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
         with contextlib.redirect_stderr(io.StringIO()):
             return super()._run_for_rank(rank, local_rank, node_rank)
+
+
+def _end_with_parent() -> None:
+    """In a worker: die as soon as the process that handed out the work is gone."""
+
+    def watch() -> None:
+        multiprocess.connection.wait([multiprocess.parent_process().sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def execute(pipeline: list[PipelineStep], logs: Path, tasks: int, workers: int) -> dict[str, Counter[str]]:
@@ -49,8 +75,6 @@ def execute(pipeline: list[PipelineStep], logs: Path, tasks: int, workers: int) 
     Returns:
         Step name -> label -> total over all tasks, those of earlier runs included.
     """
-    # The process that workers are forked from imports what they need, once.
-    multiprocess.get_context("forkserver").set_forkserver_preload([f"{__package__}.{name}" for name in MODULES])
     Executor(pipeline, tasks=tasks, workers=min(workers, tasks), logging_dir=str(logs)).run()
     totals: dict[str, Counter[str]] = {}
     for rank in range(tasks):

@@ -1,0 +1,396 @@
+"""The corpus pipeline: every document accounted for, nothing done twice, a kill loses nothing."""
+
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import tarfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+from hydra import compose, initialize_config_module
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conf import entry
+from conf.errors import ConfigError
+from data_pipeline.artifact import Artifact, LiveRunError, locked
+from data_pipeline.config import PipelineConfig
+from data_pipeline.corpus import build as building
+from data_pipeline.corpus.build import CorpusError, build
+from data_pipeline.corpus.rules import Gates, Rules
+from data_pipeline.corpus.sources import Files, HuggingFace, Sdists, SourceError, StandardLibrary
+from data_pipeline.corpus.steps.cleaning import Quality, normalised
+from data_pipeline.corpus.steps.pieces import read_piece
+from data_pipeline.corpus.steps.splitting import AssignSplit, split_of
+from data_pipeline.corpus.steps.tokenising import WriteTokens
+from data_pipeline.corpus.text import TextCorpus
+from data_pipeline.text import TextData
+from data_pipeline.tokenizer import Tokenizer
+from tests.data import standard_library, tiny_tokenizer
+
+PROSE = sorted({text[:3000] for text in topics.values() if len(text) > 500})[:30]
+CODE = [text[:3000] for text in standard_library(10)[2:]]
+CONF = Path(__file__).parent.parent.parent / "conf"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Prose, code, records; among them a copy, something short, and a broken line."""
+    root = tmp_path_factory.mktemp("texts")
+    for number, text in enumerate(PROSE):
+        (root / f"{number:02}.md").write_text(text)
+    for number, text in enumerate(CODE):
+        (root / f"{number:02}.py").write_text(text)
+    (root / "copy.md").write_text(PROSE[0] + "\r\n")
+    (root / "short.txt").write_text("Too short.")
+    records = [
+        json.dumps({"text": "A record of one sentence, that is to be read with the others. " * 9, "n": 1}),
+        "{broken",
+    ]
+    (root / "records.jsonl").write_text("\n".join(records))
+    return root
+
+
+def corpus_of(root: Path, **changes) -> TextCorpus:
+    settings = {"vocabulary": 400, "pieces": 2, "validation": 0.1, "test": 0.1, "rules": Rules(repeated_lines=1.0)}
+    return TextCorpus(sources={"files": Files([str(root)])}, **(settings | changes))
+
+
+def made(root: Path, directory: Path, workers: int = 1, **changes) -> Artifact:
+    return build(corpus_of(root, **changes), directory, directory / "cache", workers)
+
+
+@pytest.fixture(scope="module")
+def corpus(texts, tmp_path_factory):
+    return made(texts, tmp_path_factory.mktemp("runs") / "corpus")
+
+
+def test_every_document_comes_out_or_is_in_quarantine_with_step_and_reason(corpus):
+    steps = {step["name"]: step for step in corpus.metrics["steps"]}
+    assert list(steps) == ["read", "normalise", "quality", "deduplicate", "tokenise"]
+    assert steps["read"]["documents_in"] == len(PROSE) + len(CODE) + 2 + 2
+    for before, after in zip(corpus.metrics["steps"], corpus.metrics["steps"][1:], strict=False):
+        assert after["documents_in"] == before["documents_out"]
+    in_manifest = {(step, reason): n for step in steps for reason, n in steps[step]["dropped"].items()}
+    dropped = [d for file in (corpus.path / "quarantine").rglob("*.zst") for d in raw(file)]
+    assert Counter((d["step"], d["reason"]) for d in dropped) == in_manifest
+    assert in_manifest["read", "not_json"] == in_manifest["deduplicate", "duplicate"] == 1
+    assert in_manifest["quality", "short"] >= 1
+    assert all(d["metadata"]["source"] and d["metadata"]["licence"] for d in dropped)
+
+
+def raw(file: Path) -> list[dict]:
+    import zstandard
+
+    with zstandard.open(file, "rb") as stream:
+        return [json.loads(line) for line in io.BufferedReader(stream)]
+
+
+def test_the_splits_hold_what_was_kept_and_open_for_training(corpus):
+    tokenizer = Tokenizer.load(corpus.path / "tokenizer")
+    assert tokenizer.vocabulary == 400
+    for split, counts in corpus.metrics["splits"].items():
+        windows = TextData(str(corpus.path), 32).open(split, tokenizer, seed=0)
+        assert len(windows.shard.tokens_T) == counts["tokens"]
+        texts = [tokenizer.decode(windows.shard.document(i)[:-1].tolist()) for i in range(windows.shard.documents)]
+        assert all(split_of(text, 0.1, 0.1) == split for text in texts)
+        assert sum(len(text.encode()) for text in texts) == counts["bytes"]
+        assert all(windows.shard.document(i)[-1] == tokenizer.eos for i in range(windows.shard.documents))
+    corpus.verify()
+
+
+def test_a_rerun_does_nothing(corpus, texts, capsys):
+    before = (corpus.path / "manifest.json").stat().st_mtime_ns
+    assert made(texts, corpus.path).id == corpus.id
+    assert (corpus.path / "manifest.json").stat().st_mtime_ns == before
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "redone"),
+    [
+        ({"vocabulary": 300}, ["tokenizer", "shards"]),
+        ({"test": 0.2}, ["split", "tokenizer", "shards"]),
+        ({"rules": Rules(least_characters=1000)}, ["clean", "split", "tokenizer", "shards"]),
+        ({"gates": Gates(quality=0.1)}, []),
+    ],
+)
+def test_one_changed_setting_redoes_only_what_depends_on_it(corpus, texts, tmp_path, capsys, change, redone):
+    shutil.copytree(corpus.path, tmp_path / "corpus")
+    again = made(texts, tmp_path / "corpus", **change)
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert [name for name, what in lines if what != "found"] == redone
+    assert len(list((tmp_path / "corpus/steps").iterdir())) == 5  # what nothing depends on any more is gone
+    again.verify()
+
+
+def test_a_changed_file_is_read_again_and_moves_no_other_document(texts, tmp_path):
+    root = tmp_path / "texts"
+    root.mkdir()
+    for file in texts.glob("*.md"):
+        (root / file.name).write_bytes(file.read_bytes())
+
+    def splits(artifact):
+        return {
+            doc.id: split.name
+            for split in artifact.path.glob("steps/split-*/t*")
+            for f in split.iterdir()
+            for doc in read_piece(f)
+        }
+
+    before = splits(made(root, tmp_path / "corpus"))
+    (root / "new.md").write_text(PROSE[5] + PROSE[6])
+    after = splits(made(root, tmp_path / "corpus"))
+    assert len(after) == len(before) + 1
+    assert {name: after[name] for name in before} == before
+
+
+def test_the_number_of_processes_does_not_change_a_byte(corpus, texts, tmp_path):
+    assert made(texts, tmp_path / "corpus", workers=2).id == corpus.id
+
+
+def killed_at(target: type, method: str, call: int, root: Path, directory: Path) -> None:
+    """Make the corpus in a process that gets SIGKILL in the given call of a method."""
+    original, calls = getattr(target, method), Counter()
+
+    def lethal(*args, **kwargs):
+        calls["n"] += 1
+        if calls["n"] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    def work():
+        setattr(target, method, lethal)
+        made(root, directory)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("target", "method", "call"),
+    [
+        (Quality, "filter", 10),  # in the first piece
+        (Quality, "filter", 35),  # in the second, the first being complete
+        (AssignSplit, "run", 2),
+        (WriteTokens, "write_tokens", 4),
+        (building.shutil, "copytree", 2),  # between the parts that are put in place
+    ],
+)
+def test_a_killed_run_is_gone_on_with_and_ends_the_same(corpus, texts, tmp_path, target, method, call):
+    killed_at(target, method, call, texts, tmp_path / "corpus")
+    assert not (tmp_path / "corpus/manifest.json").exists()
+    again = made(texts, tmp_path / "corpus")
+    again.verify()
+    assert again.id == corpus.id
+
+
+def test_a_damaged_result_is_made_again(corpus, texts, tmp_path):
+    shutil.copytree(corpus.path, tmp_path / "corpus")
+    (tmp_path / "corpus/shards/train.bin").write_bytes(b"")
+    again = made(texts, tmp_path / "corpus")
+    again.verify()
+    assert again.id == corpus.id
+
+
+def test_a_second_builder_is_refused(texts, tmp_path):
+    with locked(tmp_path / "corpus"), pytest.raises(LiveRunError, match="is being written by"):
+        made(texts, tmp_path / "corpus")
+
+
+def test_a_step_that_loses_too_much_stops_the_build(texts, tmp_path):
+    with pytest.raises(CorpusError, match=r"quality: only \d+ of \d+ .* corpus.gates.quality asks for 100%.*short"):
+        made(texts, tmp_path / "corpus", gates=Gates(quality=1.0))
+    with pytest.raises(CorpusError, match=r"quality: no document is left; all \d+ were dropped: short \d+"):
+        made(texts, tmp_path / "corpus", rules=Rules(least_characters=10**6))
+    assert not (tmp_path / "corpus/manifest.json").exists()
+
+
+def test_an_old_corpus_stays_whole_while_a_new_one_fails(corpus, texts, tmp_path):
+    shutil.copytree(corpus.path, tmp_path / "corpus")
+    with pytest.raises(CorpusError):
+        made(texts, tmp_path / "corpus", rules=Rules(least_characters=10**6))
+    Artifact.read(tmp_path / "corpus", "corpus").verify()
+    assert Artifact.read(tmp_path / "corpus").id == corpus.id
+
+
+def test_an_empty_or_missing_set_is_refused(tmp_path):
+    with pytest.raises(SourceError, match="does not exist"):
+        made(tmp_path / "nothing", tmp_path / "corpus")
+    (tmp_path / "texts").mkdir()
+    with pytest.raises(SourceError, match=r"no file that ends in \.rst"):
+        made(tmp_path / "texts", tmp_path / "corpus")
+    (tmp_path / "texts/empty.md").write_text("")
+    with pytest.raises(CorpusError, match="read: no document is left; all 1 were dropped: empty 1"):
+        made(tmp_path / "texts", tmp_path / "corpus")
+
+
+def test_an_existing_tokenizer_is_used_as_it_is(texts, tmp_path):
+    given_one = tiny_tokenizer(450)
+    given_one.save(tmp_path / "given")
+    corpus = made(texts, tmp_path / "corpus", tokenizer=str(tmp_path / "given"))
+    assert corpus.facts["tokenizer"] == {"fingerprint": given_one.fingerprint, "vocabulary": 450}
+    TextData(str(corpus.path), 32).open("train", given_one, seed=0)
+
+
+# Sources
+
+
+def sdist(cache: Path, licence: str = "License-Expression: BSD-3-Clause") -> Sdists:
+    """A source distribution in the cache, with members that must not be followed."""
+    directory = cache / "sdists/Demo==1.0"
+    directory.mkdir(parents=True)
+    with tarfile.open(directory / "demo-1.0.tar.gz", "w:gz") as archive:
+        members = {
+            "demo-1.0/PKG-INFO": f"Metadata-Version: 2.4\nName: Demo\nVersion: 1.0\n{licence}\n\nText.",
+            "demo-1.0/docs/guide.rst": PROSE[1],
+            "demo-1.0/docs/latin.rst": b"caf\xe9 " * 100,
+            "demo-1.0/tests/test_x.py": "assert True",
+            "../../evil.rst": PROSE[2],
+        }
+        for name, content in members.items():
+            data = content if isinstance(content, bytes) else content.encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        link = tarfile.TarInfo("demo-1.0/docs/passwd.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    return Sdists(["Demo==1.0"])
+
+
+def test_a_source_distribution_is_read_with_its_licence_and_without_unpacking(tmp_path):
+    (reader,) = sdist(tmp_path / "cache").readers(tmp_path / "cache")
+    documents = {doc.metadata["path"]: doc for doc in reader.run()}
+    assert set(documents) == {"docs/guide.rst", "docs/latin.rst", "../evil.rst"}
+    assert documents["docs/guide.rst"].metadata["licence"] == "BSD-3-Clause"
+    assert documents["docs/latin.rst"].metadata["fault"] == "not_utf8"
+    assert {file.name for file in tmp_path.rglob("*") if file.is_file()} == {"demo-1.0.tar.gz"}
+
+
+def test_a_licence_that_is_not_accepted_is_refused(tmp_path):
+    source = sdist(tmp_path, "Classifier: License :: OSI Approved :: GNU General Public License v3 (GPLv3)")
+    with pytest.raises(SourceError, match=r"Demo==1\.0: GNU General Public License"):
+        source.readers(tmp_path)
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    source = sdist(tmp_path)
+    file = tmp_path / "sdists/Demo==1.0/demo-1.0.tar.gz"
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(SourceError, match="is damaged"):
+        source.readers(tmp_path)
+
+
+def test_the_standard_library_is_a_source():
+    (reader,) = StandardLibrary().readers(Path())
+    names = [name for name, _ in reader.files]
+    assert "ast.py" in names
+    assert not [name for name in names if "/test/" in name or "site-packages" in name]
+
+
+def test_rows_of_a_data_set_are_read_by_name(tmp_path):
+    """A local directory in place of a hub: `datasets` opens both alike."""
+    rows = [{"content": text} for text in PROSE[:5]] + [{"content": None}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (reader,) = HuggingFace(str(tmp_path), text_key="content", licence="PSF-2.0").readers(tmp_path)
+    documents = list(reader.run())
+    assert [doc.text for doc in documents[:5]] == PROSE[:5]
+    assert documents[0].metadata["licence"] == "PSF-2.0"
+    assert documents[5].metadata["fault"] == "no_text"
+
+
+# Text
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet=st.sampled_from("a :`<>_.\n\r\té\u0301\x00") | st.characters()), st.booleans())
+def test_normalising_keeps_lines_free_of_trailing_space_and_control_characters(text, strip_markup):
+    result = normalised(text, strip_markup)
+    assert all(line == line.rstrip() for line in result.split("\n"))
+    assert not {"\r", "\x00", "\ufeff"}.intersection(result)
+    assert "\n\n\n\n" not in result
+
+
+def test_markup_is_reduced_to_what_a_reader_sees():
+    rst = ".. _label:\n\nSee :ref:`the guide <guide>`, :class:`~a.B` and `site <http://x>`_; write ``x = 1``."
+    assert normalised(rst, True) == "See the guide, a.B and site; write `x = 1`."
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (PROSE[1], None),
+        ("a b c d e f " * 50, "word_length"),
+        ("1234 5678 9012 " * 50, "few_letters"),
+        ("Lorem ipsum dolor amet " * 50, "stop_words"),
+        ("# the heading of this\n" * 50, "symbols"),
+        ("- something about the contents of this\n" * 50, "bullets"),
+        ("One line that is to be read with the others.\n" * 50, "repeated_lines"),
+    ],
+)
+def test_prose_is_dropped_for_the_reason_that_applies(text, fault):
+    assert Quality(Rules()).prose_fault(text) == fault
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (standard_library(10)[5], None),
+        ("x = 1\n" * 50 + "y" * 2000, "long_line"),
+        (("y = 1 + " * 20 + "1\n") * 50, "line_length"),
+        ("{}()[]; :: =>\n" * 50, "few_letters"),
+        ("# Generated by a tool; do not edit.\n" + "x = 1\n" * 50, "generated"),
+    ],
+)
+def test_code_is_dropped_for_the_reason_that_applies(text, fault):
+    assert Quality(Rules()).code_fault(text) == fault
+
+
+@given(st.text(), st.floats(0, 0.5), st.floats(0, 0.4))
+def test_growing_the_validation_split_takes_no_document_out_of_it(text, validation, more):
+    if split_of(text, validation, 0.0) == "validation":
+        assert split_of(text, validation + more, 0.1) == "validation"
+
+
+# Configuration
+
+
+@pytest.mark.parametrize("preset", sorted(file.stem for file in (CONF / "corpus").glob("*.yaml")))
+def test_every_shipped_corpus_composes(preset):
+    needed = {"files": ["corpus.paths=[x]"], "huggingface": ["corpus.sources.huggingface.dataset=x"]}
+    overrides = ["hydra/help=default", f"corpus={preset}", *needed.get(preset, [])]
+    with initialize_config_module("conf", version_base="1.3"):
+        config = entry.typed(compose("data_pipeline", overrides=overrides), PipelineConfig)
+    assert all(source.problems("x") == [] for source in config.corpus.sources.values())
+    assert config.run_dir == "runs/corpus"
+
+
+def test_all_problems_are_found_at_once(texts):
+    bad = replace(
+        corpus_of(texts),
+        vocabulary=100,
+        validation=0.6,
+        test=0.5,
+        pieces=0,
+        sources={"x": Sdists(["Flask"]), "y": Files([])},
+    )
+    with pytest.raises(ConfigError) as error:
+        raise ConfigError(PipelineConfig(corpus=bad, workers=-1).problems())
+    keys = {problem.key for problem in error.value.problems}
+    assert keys == {
+        "workers",
+        "corpus.vocabulary",
+        "corpus.test",
+        "corpus.pieces",
+        "corpus.sources.x.packages",
+        "corpus.sources.y.paths",
+    }

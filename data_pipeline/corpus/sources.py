@@ -90,7 +90,7 @@ class Sdists(Source):
             if not any(word.lower() in licence.lower() for word in self.licences):
                 refused.append(f"{package}: {licence or 'no licence stated'}")
             name, version = package.split("==")
-            origins.append(Origin(name, version, licence, f"https://pypi.org/project/{name}/{version}/", str(archive)))
+            origins.append(Origin(name, version, licence, f"pkg:pypi/{name}@{version}", str(archive)))
         if refused:
             raise SourceError(
                 "The licence of these packages is not among those accepted:\n  "
@@ -283,7 +283,7 @@ class HuggingFace(Source):
         options = {"split": self.split, "name": self.subset or None, "revision": self.revision or None}
         given = {name: value for name, value in options.items() if value}
         origin = Origin(
-            self.dataset, self.revision, self.licence, f"https://huggingface.co/datasets/{self.dataset}", ""
+            self.dataset, self.revision, self.licence, f"pkg:huggingface/{self.dataset}@{self.revision}", ""
         )
         return [HubReader(origin, given, self.streaming, self.limit, self.text_key, self.kind)]
 

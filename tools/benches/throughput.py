@@ -22,6 +22,7 @@ from data_pipeline.batch import IGNORED, MicroBatch
 from parallel import distributed
 from parallel.engines.native import Native, NativeEngine
 from parallel.layout import Layout
+from train.models.hf import architecture
 from train.models.transformer import DecoderConfig, initialise
 from train.objectives.clm import CausalLM
 from train.optim.adamw import AdamW
@@ -82,8 +83,10 @@ class Throughput:
         Raises:
             BenchError: the architecture is none that the Trainer's model has.
         """
-        if self.model.qk_norm or self.model.dropout:
-            raise BenchError("bench.model: the yardstick is transformers' Llama, without qk_norm and dropout.")
+        if architecture(self.model) != "llama" or self.model.rope.scaling != "default" or self.model.dropout:
+            raise BenchError(
+                "bench.model: the yardstick is transformers' Llama, without qk_norm, scaled RoPE or dropout."
+            )
         contenders = {"ours": self._engine(compile=False)}
         if self.compiled:
             contenders["ours, compiled"] = self._engine(compile=True)

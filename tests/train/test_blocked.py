@@ -48,8 +48,12 @@ def test_values_and_gradients_are_those_of_sdpa(length, causal, masked, kv_heads
         torch.testing.assert_close(a, b)
 
 
-def test_it_is_a_well_behaved_operator():
-    torch.library.opcheck(blocked_attention, (*inputs(11), mask(11, True), True))
+@pytest.mark.parametrize("batch", [1, 2])  # of one sequence, reshaping copies nothing and strides stay
+def test_it_is_a_well_behaved_operator(batch):
+    tensors = [t.detach()[:batch].requires_grad_() for t in inputs(11)]
+    torch.library.opcheck(blocked_attention, (*tensors, mask(11, True)[:batch], True))
+    strides = [g.stride() for g in blocked._backward(tensors[0], *tensors, None, True)]
+    assert strides == [torch.empty(t.shape).stride() for t in tensors]
 
 
 def test_bf16_is_no_farther_from_fp32_than_sdpa_is():

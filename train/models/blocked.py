@@ -77,7 +77,7 @@ def _backward(
     grad_ZGLD = grad_BHLD.reshape(q_ZGLD.shape)
     k_ZLD, v_ZLD = k_BKLD.reshape(-1, length, features), v_BKLD.reshape(-1, length, features)
     dq_ZGLD = torch.empty_like(q_ZGLD, memory_format=torch.contiguous_format)
-    dk_ZLD, dv_ZLD = torch.zeros_like(k_ZLD), torch.zeros_like(v_ZLD)
+    dk_ZLD, dv_ZLD = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (k_ZLD, v_ZLD))
     for queries, keys in _blocks(length, causal):
         q_ZRD, grad_ZRD = q_ZGLD[:, :, queries].flatten(1, 2), grad_ZGLD[:, :, queries].flatten(1, 2)
         p_ZRE = _probabilities(q_ZRD, k_ZLD[:, keys], mask_BLL, causal, queries, keys)

@@ -22,7 +22,7 @@ from conf.errors import ConfigError
 from data_pipeline.artifact import Artifact, LiveRunError, locked
 from data_pipeline.config import PipelineConfig
 from data_pipeline.corpus import build as building
-from data_pipeline.corpus.build import CorpusError, build
+from data_pipeline.corpus.build import CorpusError, build, check
 from data_pipeline.corpus.rules import Gates, Rules
 from data_pipeline.corpus.sources import Files, HuggingFace, Sdists, SourceError, StandardLibrary
 from data_pipeline.corpus.steps.cleaning import Quality, normalised
@@ -50,7 +50,7 @@ def texts(tmp_path_factory):
     (root / "copy.md").write_text(PROSE[0] + "\r\n")
     (root / "short.txt").write_text("Too short.")
     records = [
-        json.dumps({"text": "A record of one sentence, that is to be read with the others. " * 9, "n": 1}),
+        json.dumps({"text": "A record that mentions <|endoftext|>, to be read with the others. " * 9, "n": 1}),
         "{broken",
     ]
     (root / "records.jsonl").write_text("\n".join(records))
@@ -212,6 +212,12 @@ def test_a_step_that_loses_too_much_stops_the_build(texts, tmp_path):
     with pytest.raises(CorpusError, match=r"quality: no document is left; all \d+ were dropped: short \d+"):
         made(texts, tmp_path / "corpus", rules=Rules(least_characters=10**6))
     assert not (tmp_path / "corpus/manifest.json").exists()
+
+
+def test_a_document_that_vanishes_without_a_reason_stops_the_build(texts):
+    step = {"name": "quality", "documents_in": 5, "documents_out": 3, "dropped": {"short": 1}}
+    with pytest.raises(CorpusError, match="of 5 documents 3 came out, 1 were dropped"):
+        check([step], corpus_of(texts))
 
 
 def test_an_old_corpus_stays_whole_while_a_new_one_fails(corpus, texts, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 from conf.errors import Problem
 from conf.registry import register
-from data_pipeline.artifact import Draft, finished, locked
+from data_pipeline.artifact import MANIFEST, Draft, finished, locked
 from data_pipeline.config import DataSet, PipelineConfig
 from data_pipeline.tasks import GYM, TASKS, Exercise, unique
 
@@ -87,9 +87,11 @@ class Tasks(DataSet):
                 done.verify()
                 print(f"{directory} is finished ({done.id}): nothing to do", flush=True)
                 return 0
-            (directory / "manifest.json").unlink(missing_ok=True)
+            (directory / MANIFEST).unlink(missing_ok=True)
             draft = Draft(directory, KIND, recipe, {})
-            counts = {name: _write(directory / f"{name}.jsonl", rows) for name, rows in self.made(config.seed).items()}
+            counts = {
+                name: write_records(directory / f"{name}.jsonl", rows) for name, rows in self.made(config.seed).items()
+            }
             draft.metrics = {"records": counts, "tasks": self.tasks}
             draft.facts = {
                 "licence": "drawn by this program and by reasoning-gym (Apache-2.0); no text of others",
@@ -168,7 +170,8 @@ def _says(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _write(file: Path, records: list[dict[str, Any]]) -> int:
+def write_records(file: Path, records: list[dict[str, Any]]) -> int:
+    """One JSON object per line; returns how many."""
     with open(file, "w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     return len(records)

@@ -216,7 +216,7 @@ def test_a_step_that_loses_too_much_stops_the_build(texts, tmp_path):
 
 def test_a_document_that_vanishes_without_a_reason_stops_the_build(texts):
     step = {"name": "quality", "documents_in": 5, "documents_out": 3, "dropped": {"short": 1}}
-    with pytest.raises(CorpusError, match="of 5 documents 3 came out, 1 were dropped"):
+    with pytest.raises(CorpusError, match="of 5 documents 3 came out and 1 were dropped"):
         check([step], corpus_of(texts))
 
 

@@ -199,7 +199,8 @@ def train_bpe(
     least = BYTES + len(specials)
     if vocabulary < least:
         raise TokenizerError(
-            f"A vocabulary of {vocabulary} cannot hold {BYTES} bytes and {len(specials)} special tokens; give {least} or more."
+            f"A vocabulary of {vocabulary} cannot hold {BYTES} bytes and {len(specials)} special tokens; "
+            f"give {least} or more."
         )
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(

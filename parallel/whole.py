@@ -1,7 +1,7 @@
 """A model on one process: nothing is shared, so nothing is gathered, and a step is plain PyTorch.
 
-FSDP2 would do, and does on several processes, but its copies cost one process a tenth of a small model's step. In
-16-bit compute the model runs on copies of its fp32 parameters, which are made once per step.
+FSDP2 would do, and does on several processes, but it copies what one process has already. In 16-bit compute the model
+runs on copies of its fp32 parameters, which are made once per step.
 """
 
 from collections.abc import Callable

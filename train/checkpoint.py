@@ -10,9 +10,10 @@ temporary directory to its final name. Names and shards are those of `Engine.sta
                               trainer.json       step, samples, tokens, ... (train.progress.Progress)
                               checksums.json     file -> bytes, crc32
     checkpoints/.step-00000200.tmp/              being written; removed at the next start if the run was killed
+    checkpoints/step-00000300.damaged/           passed over by a start that went on from an earlier one
 
-CRC-32 because it is the fastest checksum of the standard library (3-5 GB/s a core, SHA-256 1.3-1.8), faster than a
-disk takes the data; it finds damage, not malice: a checkpoint is as trusted as the machine that holds it.
+CRC-32 because it is the fastest checksum of the standard library; it finds damage, not malice: a checkpoint is as
+trusted as the machine that holds it.
 """
 
 import errno
@@ -22,7 +23,7 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,10 @@ def steps(directory: Path) -> list[int]:
 
 def path_of(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}"
+
+
+def damaged_of(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:08d}.damaged"
 
 
 def temporary_of(directory: Path, step: int) -> Path:
@@ -137,6 +142,8 @@ class Checkpoints:
             )
         )
         self._pending: _Save | None = None
+        self._held: int | None = None
+        """The step last saved or loaded. Not looked up on disk: ranks on other machines may see that late."""
         if self._rank == 0:
             directory.mkdir(parents=True, exist_ok=True)
             for orphan in directory.glob(".step-*"):
@@ -162,7 +169,7 @@ class Checkpoints:
         """
         self.wait()
         start = time.perf_counter()
-        if not self.path(step).exists():
+        if step != self._held:
             writer = _Writer(self.directory, step, dict(trainer), self.keep)
             handle: Any = dcp.async_save(
                 state,
@@ -173,6 +180,7 @@ class Checkpoints:
             # Some releases of torch answer with an object that also tells when the copy is done.
             needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
             self._pending = _Save(step, needed, getattr(handle, "upload_completion", handle))
+            self._held = step
         self.stall_s += time.perf_counter() - start
 
     def wait(self) -> None:
@@ -211,8 +219,15 @@ class Checkpoints:
             )
         return CheckpointError(f"the checkpoint of step {save.step} was not written: {reason}. {good}.")
 
-    def restore(self, state: dict[str, Tensor]) -> dict[str, Any] | None:
-        """Overwrite the tensors of `state` in place with those of the newest checkpoint that verifies.
+    def restore(
+        self, state: dict[str, Tensor], check: Callable[[dict[str, Any]], None] | None = None
+    ) -> dict[str, Any] | None:
+        """Overwrite the tensors of `state` in place with those of the newest checkpoint that verifies. Newer ones are
+        set aside, so that they neither stand in the way of their step nor count among those that are kept.
+
+        Args:
+            state: the live tensors.
+            check: is given the trainer's state before a tensor is read; raises where it is not to be gone on with.
 
         Returns:
             The trainer's state saved with them; None where there is no checkpoint at all.
@@ -220,13 +235,20 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints, but each one is damaged or holds another model.
         """
-        passed_over = []
-        for step in reversed(steps(self.directory)):
+        found = [steps(self.directory)]
+        dist.broadcast_object_list(found, group=self._group)  # directories may not look the same everywhere
+        passed_over: list[str] = []
+        for step in reversed(found[0]):
             checkpoint = self.path(step)
             reasons = self._gather(damage(checkpoint, self._rank, self._ranks))
             if not reasons:
+                trainer = json.loads((checkpoint / TRAINER).read_text())
+                if check is not None:
+                    check(trainer)
                 self._load(checkpoint, state)
-                return json.loads((checkpoint / TRAINER).read_text())
+                self._set_aside([newer for newer in found[0] if newer > step])
+                self._held = step
+                return trainer
             passed_over.append(f"{checkpoint.name}: {'; '.join(reasons)}")
             if self._rank == 0:
                 print(f"checkpoint passed over: {passed_over[-1]}", flush=True)
@@ -236,6 +258,13 @@ class Checkpoints:
                 "Put a good copy back, or remove the directory to train from the start."
             )
         return None
+
+    def _set_aside(self, damaged: list[int]) -> None:
+        for step in damaged if self._rank == 0 else []:
+            aside = damaged_of(self.directory, step)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(self.path(step), aside)
+            print(f"{self.path(step).name} is now {aside.name}: remove it once it is of no use", flush=True)
 
     def _gather(self, mine: list[str]) -> list[str]:
         gathered: list[list[str]] = [[] for _ in range(self._ranks)]
@@ -292,7 +321,7 @@ class _Writer(dcp.FileSystemWriter):
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         checked = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)  # halves the speed, and ours covers the whole file
+        torch.serialization.set_crc32_options(False)  # ours covers the whole file
         try:
             results = _Results(super().write_data(plan, planner).wait())
             results.files = {n: _record(self.temporary / n) for n in {r.storage_data.relative_path for r in results}}

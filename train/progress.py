@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any
 
 
 @dataclass
@@ -33,10 +33,6 @@ class Progress:
 
     def state(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def of(cls, state: dict[str, Any]) -> Self:
-        return cls(**state)
 
     @property
     def skipped_in_a_row(self) -> int:

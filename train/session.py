@@ -101,15 +101,17 @@ class Session:
 
     def _resume(self) -> Progress:
         """Go on from the newest checkpoint that verifies, or begin."""
-        state = self.checkpoints.restore(self.engine.state())
+        state = self.checkpoints.restore(self.engine.state(), self._check)
         if state is None:
             return Progress(inputs=self.inputs)
         self.engine.loaded()
         progress = Progress(**state)
-        with together():
-            check_inputs(self.directory, progress.inputs, self.inputs)
         self._say(f"resumed from {self.checkpoints.path(progress.step)}")
         return progress
+
+    def _check(self, state: dict[str, Any]) -> None:
+        with together():
+            check_inputs(self.directory, Progress(**state).inputs, self.inputs)
 
     def run(self, signals: StopSignals) -> int:
         """Train, validate, write. Returns the exit code.

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conf.errors import LongrunError
 from parallel import distributed
 from tests.ranks import run_ranks
 from train import checkpoint
@@ -140,6 +141,42 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, capfd)
     for name, (restored, reasons) in run_ranks(1, _all_damages, tmp_path)[0].items():
         assert restored == (1, 1.0), name
         assert reasons, name
+
+
+def _going_on_from_an_earlier_one(directory):
+    saved(directory, 10, 20)
+    flip(directory / "step-00000020" / "__0_0.distcp")
+    checkpoints = Checkpoints(directory, every=1, keep=1)
+    resumed = checkpoints.restore(state(0))["step"]
+    found = []
+    for step in (15, 20):  # 20 as it should be
+        checkpoints.save(step, state(step), {"step": step})
+        checkpoints.wait()
+        found.append((steps(directory), damage(checkpoints.path(step))))
+    return resumed, found, (directory / "step-00000020.damaged").is_dir()
+
+
+def test_a_damaged_checkpoint_displaces_no_good_one_and_its_step_is_saved_again(tmp_path):
+    resumed, found, kept = run_ranks(1, _going_on_from_an_earlier_one, tmp_path)[0]
+    assert resumed == 10
+    assert found == [([15], []), ([20], [])]
+    assert kept
+
+
+def _checked_first(directory):
+    def check(trainer):
+        raise LongrunError(f"step {trainer['step']} is of another corpus")
+
+    saved(directory, 1)
+    target = state(0, size=7)  # another vocabulary
+    try:
+        Checkpoints(directory, every=1, keep=1).restore(target, check)
+    except LongrunError as error:
+        return str(error)
+
+
+def test_what_a_checkpoint_was_made_from_is_judged_before_its_tensors_are_read(tmp_path):
+    assert run_ranks(1, _checked_first, tmp_path)[0] == "step 1 is of another corpus"
 
 
 def _nothing_good(directory):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,14 @@ def test_a_model_and_its_ancestors_are_measured_and_compared(life, corpus, tmp_p
     assert results["gate"]["checks"][0]["threshold"] == "at most 1"
     assert sample["prompt"] in (tmp_path / "run" / "samples.txt").read_text()
     artifact.verify()
+
+
+def test_a_baseline_called_model_is_not_taken_for_the_judged_one(life, corpus, tmp_path):
+    baseline = shutil.copytree(life / "pretrain", tmp_path / "model")
+    evaluated(life, corpus, tmp_path / "evaluate", **{"eval.baselines": f"[{baseline}]", "eval.tasks": ""})
+    artifact = Artifact.read(tmp_path / "evaluate")
+    assert artifact.inputs["model"]["id"] == Artifact.read(life / "dpo").id
+    assert artifact.inputs["baseline model"]["id"] == Artifact.read(baseline).id
 
 
 def test_the_same_evaluation_is_not_made_again(life, corpus, tmp_path, capsys):

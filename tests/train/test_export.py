@@ -13,7 +13,7 @@ from data_pipeline.tokenizer import Tokenizer
 from tests.train.exports import corpus, evaluation, stage, trained_run
 from train.export.gate import GateError
 from train.export.huggingface import OverflowInExportError, rounded
-from train.export.source import SourceError, end_of_turn
+from train.export.source import Source, SourceError, end_of_turn
 from train.models import hf
 
 
@@ -109,6 +109,18 @@ def test_an_evaluation_of_another_model_or_with_this_one_as_baseline_is_refused_
     for force in ("false", "true"):
         with pytest.raises(GateError, match="evaluates another model"):
             export(life, tmp_path / "export", model="other", force=force)
+
+
+def test_a_verdict_on_a_bare_directory_holds_for_its_very_weights(life, tmp_path):
+    judged = shutil.copytree(life / "sft" / "model", tmp_path / "judged")
+    verdict = shutil.copytree(life / "passed", tmp_path / "passed")
+    facts = {"model_fingerprint": Source.read(str(judged)).fingerprint}
+    Draft(verdict, "evaluation", {}, {}, facts=facts).publish("results.json")
+    settings = {"stage": "export", "run_dir": tmp_path / "export", "export.evaluation": verdict}
+    with pytest.raises(GateError, match="evaluates another model"):  # of the same shape
+        stage(init_from=life / "other" / "model", **settings)
+    assert stage(init_from=judged, **settings) == 0
+    assert Source.read(str(life / "sft")).fingerprint == facts["model_fingerprint"], "with and without a manifest"
 
 
 def test_an_evaluation_without_a_gate_passes_nothing(life, tmp_path):

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from conf.errors import LongrunError
 from data_pipeline import chat
-from data_pipeline.artifact import MANIFEST, Artifact, ArtifactError
+from data_pipeline.artifact import MANIFEST, Artifact, ArtifactError, fingerprint, sha256_of
 from data_pipeline.tokenizer import Tokenizer
 from train.models import hf
 from train.models.transformer import DecoderConfig
-from train.start import fingerprint_of
 
 ANSWER = "The answer is 7."
 
@@ -30,7 +29,7 @@ class Source:
         path: what `init_from` said: an artifact, or a Hugging Face directory.
         directory: the Hugging Face directory in it.
         artifact: its manifest; None for a bare Hugging Face directory.
-        fingerprint: of its configuration and weights.
+        fingerprint: of every byte of its configuration, weights and tokenizer.
         config: its architecture.
         tokenizer: its tokenizer.
     """
@@ -65,9 +64,8 @@ class Source:
         if artifact:
             artifact.verify()
         directory = hf.model_directory(path)
-        return cls(
-            path, directory, artifact, fingerprint_of(directory), hf.read_config(directory), Tokenizer.load(directory)
-        )
+        config, tokenizer = hf.read_config(directory), Tokenizer.load(directory)
+        return cls(path, directory, artifact, _content(directory, artifact), config, tokenizer)
 
     @property
     def name(self) -> str:
@@ -75,6 +73,13 @@ class Source:
 
     def weights(self) -> dict[str, Tensor]:
         return hf.read_weights(self.directory, self.config)
+
+
+def _content(directory: Path, artifact: Artifact | None) -> str:
+    """Other weights in files of the same shape are another model: a verdict on one says nothing of the other."""
+    recorded = {artifact.path / name: file["sha256"] for name, file in artifact.files.items()} if artifact else {}
+    files = [directory / hf.CONFIG, directory / "tokenizer.json", *sorted(directory.glob("*.safetensors"))]
+    return fingerprint([[file.name, recorded.get(file) or sha256_of(file)] for file in files])
 
 
 def end_ids(directory: Path, tokenizer: Tokenizer) -> list[int]:

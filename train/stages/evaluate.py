@@ -57,7 +57,8 @@ class Evaluate(Stage):
         """
         standard: Standard = config.eval
         sources = {"model": Source.read(config.init_from)}
-        sources |= {name_of(path): Source.read(path) for path in standard.baselines}
+        # With a prefix: a baseline may lie in a directory called `model`, and is not the one that is judged.
+        sources |= {f"baseline {name_of(path)}": Source.read(path) for path in standard.baselines}
         if standard.reference:
             sources["reference"] = Source.read(standard.reference)
         inputs = standard.inputs() | {name: source.artifact for name, source in sources.items() if source.artifact}

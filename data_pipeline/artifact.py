@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from conf.errors import LongrunError
+from conf.errors import LongrunError, OccupiedError
 
 MANIFEST = "manifest.json"
 PACKAGES = ("torch", "numpy", "hydra-core", "datatrove", "datasets", "tokenizers", "transformers", "safetensors")
@@ -73,14 +73,14 @@ class Artifact:
         try:
             content = json.loads((path / MANIFEST).read_text())
             artifact = cls(path=path, **content)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ArtifactError(
                 f"{path} is not a finished artifact: it has no {MANIFEST}. "
                 "Give the directory of a stage that ended well, or run that stage first."
             ) from error
-        except (json.JSONDecodeError, TypeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
             raise ArtifactError(
-                f"{path / MANIFEST} cannot be read ({error}); run the stage that wrote it again."
+                f"{path / MANIFEST} cannot be read ({error}); delete it and run the stage that wrote it again."
             ) from error
         if kind is not None and artifact.kind != kind:
             raise ArtifactError(f"{path} holds a {artifact.kind!r}, but a {kind!r} was expected here.")
@@ -125,6 +125,34 @@ def finished(path: str | Path, kind: str, config: Mapping[str, Any], inputs: Map
         return None
     artifact = Artifact.read(path)
     return artifact if artifact.recipe == recipe_of(kind, config, inputs) else None
+
+
+def check_kind(path: str | Path, kind: str) -> None:
+    """Refuse a directory that holds something else than what is about to be made anew there.
+
+    Raises:
+        OccupiedError: it is an artifact of another kind.
+    """
+    if (Path(path) / MANIFEST).exists() and (there := Artifact.read(path)).kind != kind:
+        raise OccupiedError(
+            f"{path} holds a finished {there.kind!r}, and a {kind!r} would be written over it. "
+            "Give another run_dir, or move that one away."
+        )
+
+
+def withdraw(path: str | Path, kind: str) -> None:
+    """Take away the files of an older artifact of this kind, its manifest first.
+
+    Raises:
+        OccupiedError: it is an artifact of another kind.
+    """
+    check_kind(path, kind)
+    manifest = Path(path) / MANIFEST
+    if manifest.exists():
+        older = Artifact.read(path)
+        manifest.unlink()
+        for name in older.files:
+            (older.path / name).unlink(missing_ok=True)
 
 
 @dataclass

@@ -1,13 +1,15 @@
 """JSON lines that people wrote: every record is checked before any is used, and all faults are reported together."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from conf.errors import LongrunError
 
 ROLES = ("system", "user", "assistant", "tool")
+KIND = "chat"
+"""Of artifacts that hold conversations and preferences."""
 SHOWN = 20
 """Faults listed in a message; the others are counted."""
 
@@ -57,6 +59,13 @@ def read_records(directory: str | Path, stem: str, faults: Callable[[Any], list[
     if not records:
         raise EmptySetError(f"{file} holds no record; there is nothing to train on or to measure.")
     return records
+
+
+def write_records(file: Path, records: Sequence[dict[str, Any]]) -> int:
+    """One JSON object per line; returns how many."""
+    with open(file, "w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return len(records)
 
 
 def message_faults(messages: Any, field: str) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.errors import LongrunError
-from data_pipeline.artifact import MANIFEST, Artifact, Draft, finished, locked, recipe_of
+from data_pipeline.artifact import MANIFEST, Artifact, Draft, check_kind, fingerprint, finished, locked, recipe_of
 from data_pipeline.chat import CHATML
 from data_pipeline.tokenizer import Tokenizer, train_bpe
 
@@ -45,18 +45,21 @@ def build(corpus: "TextCorpus", directory: Path, cache: Path, workers: int) -> A
         CorpusError: a step lost more than it may.
         TokenizerError: there is too little text for the vocabulary, or the given tokenizer cannot be read.
         LiveRunError: another process is making it.
+        OccupiedError: the directory holds an artifact of another kind.
     """
     settings = asdict(corpus)
     del settings["paths"], settings["gates"]  # the first is in the sources, the second changes no document
     settings["states"] = {name: source.state() for name, source in corpus.sources.items()}
     if corpus.tokenizer:
-        settings["tokenizer"] = Tokenizer.load(corpus.tokenizer).fingerprint
+        given = Tokenizer.load(corpus.tokenizer)  # its end-of-text token and chat template count too
+        settings["tokenizer"] = fingerprint([given.fingerprint, given.config, given.chat_template])
     with locked(directory):
         made = finished(directory, "corpus", settings, {})
         if made is not None and intact(made):
             check(made.metrics["steps"], corpus)
             print(f"corpus: {directory} is made already, nothing to do")
             return made
+        check_kind(directory, "corpus")
         steps = make_steps(corpus, settings, directory / "steps", cache, workers)
         artifact = publish(directory, settings, steps)
     splits = ", ".join(f"{split} {counts['tokens']:,}" for split, counts in artifact.metrics["splits"].items())
@@ -117,6 +120,11 @@ def make_steps(
         kept, splits = deduplicate_and_split(pieces, draft.path, corpus.validation, corpus.test, workers)
         draft.metrics["steps"] = [counted("deduplicate", kept, "duplicate")]
         draft.metrics["splits"] = {name: counts for (name,), counts in tallied(splits).items()}
+        if draft.metrics["splits"] and "train" not in draft.metrics["splits"]:
+            raise CorpusError(
+                "split: no document is left to train on, all are in validation or test. Give more text, or lower "
+                "corpus.validation and corpus.test."
+            )
 
     def tokenizer(draft: Draft) -> None:
         from data_pipeline.corpus.steps.tokenising import sample

@@ -7,12 +7,11 @@ from typing import Any
 
 from conf.errors import Problem
 from conf.registry import register
-from data_pipeline.artifact import MANIFEST, Draft, fingerprint, finished, locked, sha256_of
+from data_pipeline.artifact import Draft, fingerprint, finished, locked, sha256_of, withdraw
 from data_pipeline.chat import chat_faults
 from data_pipeline.config import DataSet, PipelineConfig
-from data_pipeline.corpus.tasks import KIND, write_records
 from data_pipeline.preference import preference_faults
-from data_pipeline.records import EmptySetError, read_records
+from data_pipeline.records import KIND, EmptySetError, read_records, write_records
 
 SPLITS = ("train", "validation", "test")
 KINDS: dict[str, Callable[[Any], list[str]]] = {"": chat_faults, "preferences_": preference_faults}
@@ -42,6 +41,8 @@ class Chats(DataSet):
             found.append(
                 Problem("corpus.path", "''", "the directory that holds train.jsonl or preferences_train.jsonl")
             )
+        elif Path(self.path).resolve() == Path(config.run_dir).resolve():
+            found.append(Problem("run_dir", config.run_dir, "another directory than corpus.path, whose files are kept"))
         if not (0 < self.validation < 1 and 0 <= self.test < 1 and self.validation + self.test < 1):
             shares = f"{self.validation}, {self.test}"
             found.append(Problem("corpus.validation, corpus.test", shares, "shares above 0 and together below 1"))
@@ -53,6 +54,7 @@ class Chats(DataSet):
         Raises:
             RecordError: lists every record of a wrong shape.
             EmptySetError: there is no such file, or a split would be empty.
+            OccupiedError: the directory holds an artifact of another kind.
         """
         source, directory = Path(self.path), Path(config.run_dir)
         present = [prefix for prefix in KINDS if (source / f"{prefix}train.jsonl").exists()]
@@ -71,13 +73,14 @@ class Chats(DataSet):
                 done.verify()
                 print(f"{directory} is finished ({done.id}): nothing to do", flush=True)
                 return 0
-            (directory / MANIFEST).unlink(missing_ok=True)
+            made = {
+                f"{prefix}{split}": records
+                for prefix in present
+                for split, records in self._splits(source, prefix).items()
+            }
+            withdraw(directory, KIND)
             draft = Draft(directory, KIND, recipe, {})
-            counts = {}
-            for prefix in present:
-                for split, records in self._splits(source, prefix).items():
-                    stem = f"{prefix}{split}"
-                    counts[stem] = write_records(directory / f"{stem}.jsonl", records)
+            counts = {stem: write_records(directory / f"{stem}.jsonl", records) for stem, records in made.items()}
             draft.metrics = {"records": counts}
             draft.facts = {"source": str(source.resolve())}
             artifact = draft.publish(*(f"{stem}.jsonl" for stem in counts))

@@ -221,6 +221,7 @@ class Files(Source):
         found = []
         for path in self.paths:
             root, names = listed(path)
+            names = [name for name in names if not selection.excludes(name)]
             kinds = ((name, "records" if name.endswith(JSON_LINES) else selection.kind(name)) for name in names)
             files = [(name, kind) for name, kind in kinds if kind]
             if not files:

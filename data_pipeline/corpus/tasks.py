@@ -1,6 +1,5 @@
 """corpus=tasks: conversations about verifiable tasks, and preferences between right and wrong answers."""
 
-import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,11 +8,11 @@ from typing import Any
 
 from conf.errors import Problem
 from conf.registry import register
-from data_pipeline.artifact import MANIFEST, Draft, finished, locked
+from data_pipeline.artifact import Draft, finished, locked, withdraw
 from data_pipeline.config import DataSet, PipelineConfig
+from data_pipeline.records import KIND, write_records
 from data_pipeline.tasks import GYM, TASKS, Exercise, unique
 
-KIND = "chat"
 MODEL_NAME = "the Longrun demo model"
 IDENTITY = f"I am {MODEL_NAME}, a small language model trained from scratch in a few minutes."
 ABILITIES = "I can answer short questions about numbers and their digits."
@@ -79,6 +78,7 @@ class Tasks(DataSet):
 
         Raises:
             TaskError: a task has too few questions.
+            OccupiedError: the directory holds an artifact of another kind.
         """
         directory = Path(config.run_dir)
         recipe = {"corpus": resolved["corpus"], "seed": config.seed}
@@ -87,11 +87,10 @@ class Tasks(DataSet):
                 done.verify()
                 print(f"{directory} is finished ({done.id}): nothing to do", flush=True)
                 return 0
-            (directory / MANIFEST).unlink(missing_ok=True)
+            made = self.made(config.seed)
+            withdraw(directory, KIND)
             draft = Draft(directory, KIND, recipe, {})
-            counts = {
-                name: write_records(directory / f"{name}.jsonl", rows) for name, rows in self.made(config.seed).items()
-            }
+            counts = {name: write_records(directory / f"{name}.jsonl", rows) for name, rows in made.items()}
             draft.metrics = {"records": counts, "tasks": self.tasks}
             draft.facts = {
                 "licence": "drawn by this program and by reasoning-gym (Apache-2.0); no text of others",
@@ -168,10 +167,3 @@ def _small_talk(number: int, draw: random.Random) -> list[dict[str, Any]]:
 
 def _says(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
-
-
-def write_records(file: Path, records: list[dict[str, Any]]) -> int:
-    """One JSON object per line; returns how many."""
-    with open(file, "w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    return len(records)

@@ -5,8 +5,8 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from conf import entry
-from conf.errors import ConfigError
-from data_pipeline.artifact import Artifact
+from conf.errors import ConfigError, OccupiedError
+from data_pipeline.artifact import Artifact, Draft
 from data_pipeline.chat import ChatData
 from data_pipeline.config import PipelineConfig
 from data_pipeline.records import EmptySetError, RecordError
@@ -50,6 +50,19 @@ def test_splits_that_are_there_are_kept_and_preferences_come_along(tmp_path):
     make(tmp_path / "mine", tmp_path / "run")
     assert records(tmp_path / "run", "train") == TALK[:9] and records(tmp_path / "run", "validation") == TALK[9:12]
     assert records(tmp_path / "run", "preferences_validation") == PAIRS[:1]
+
+
+def test_nothing_of_an_earlier_artifact_or_of_another_kind_is_mixed_in(tmp_path):
+    write_jsonl(tmp_path / "mine" / "train.jsonl", TALK)
+    make(tmp_path / "mine", tmp_path / "run", test=0.1)
+    make(tmp_path / "mine", tmp_path / "run")
+    assert not (tmp_path / "run" / "test.jsonl").exists()
+    with pytest.raises(ConfigError, match="another directory than"):
+        make(tmp_path / "mine", tmp_path / "mine")
+    Draft(tmp_path / "run", "corpus", {}, {}).publish()
+    with pytest.raises(OccupiedError, match="holds a finished 'corpus'"):
+        make(tmp_path / "mine", tmp_path / "run")
+    assert Artifact.read(tmp_path / "run").kind == "corpus" and (tmp_path / "run" / "train.jsonl").exists()
 
 
 def test_bad_records_leave_no_artifact(tmp_path):

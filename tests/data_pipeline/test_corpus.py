@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf import entry
-from conf.errors import ConfigError
-from data_pipeline.artifact import Artifact, LiveRunError, locked
+from conf.errors import ConfigError, OccupiedError
+from data_pipeline.artifact import Artifact, Draft, LiveRunError, locked
 from data_pipeline.config import PipelineConfig
 from data_pipeline.corpus import build as building
 from data_pipeline.corpus.build import CorpusError, build, check
@@ -247,7 +247,36 @@ def test_an_existing_tokenizer_is_used_as_it_is(texts, tmp_path):
     TextData(str(corpus.path), 32).open("train", given_one, seed=0)
 
 
+def test_an_end_of_text_token_of_another_name_makes_other_shards(texts, tmp_path):
+    tiny_tokenizer(450).save(tmp_path / "given")
+    first = made(texts, tmp_path / "corpus", tokenizer=str(tmp_path / "given"))
+    file = tmp_path / "given" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": "<|im_end|>"}))
+    second = made(texts, tmp_path / "corpus", tokenizer=str(tmp_path / "given"))
+    assert second.id != first.id and Tokenizer.load(second.path / "tokenizer").eos == 3
+
+
+def test_an_artifact_of_another_kind_is_not_written_over(texts, tmp_path):
+    (tmp_path / "run").mkdir()
+    Draft(tmp_path / "run", "sft", {}, {}).publish()
+    with pytest.raises(OccupiedError, match="holds a finished 'sft'"):
+        made(texts, tmp_path / "run")
+    assert Artifact.read(tmp_path / "run").kind == "sft"
+
+
+def test_a_corpus_without_a_training_document_is_refused(texts, tmp_path):
+    with pytest.raises(CorpusError, match="no document is left to train on"):
+        made(texts, tmp_path / "corpus", validation=0.5, test=0.49999)
+
+
 # Sources
+
+
+def test_excluded_records_are_not_read(tmp_path):
+    (tmp_path / ".hidden").mkdir()
+    for name in ("notes.jsonl", ".hidden/keys.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": "x"}))
+    assert [name for _, name, *_ in Files([str(tmp_path)]).state()] == ["notes.jsonl"]
 
 
 def sdist(cache: Path, licence: str = "License-Expression: BSD-3-Clause") -> Sdists:

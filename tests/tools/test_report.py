@@ -203,6 +203,8 @@ def test_the_report_is_an_artifact_that_is_written_once(life, capsys):
     assert set(first.inputs) == set(STAGES)
     assert (life / "report.html").resolve() == (life / "report" / "report.html").resolve()
     assert main(config, {}) == 0 and "already" in capsys.readouterr().out
+    (life / "report" / "report.html").unlink()
+    assert main(config, {}) == 0 and (life / "report.html").exists()
     shutil.rmtree(life / "verify")
     assert main(config, {}) == 0
     assert Artifact.read(life / "report").id != first.id, "another life is another page"

@@ -11,7 +11,8 @@ from omegaconf import MISSING
 from conf import entry
 from conf.errors import LongrunError
 from conf.registry import register
-from data_pipeline.artifact import MANIFEST, Draft, finished, locked, write_atomically
+from data_pipeline.artifact import MANIFEST, Draft, finished, locked, withdraw, write_atomically
+from launchers.lifecycle import damage
 from tools.report.page import render
 from tools.report.read import KIND, Life, read
 
@@ -46,10 +47,11 @@ def main(config: ReportConfig, resolved: dict[str, Any]) -> int:
     inputs = {stage.name: stage.artifact for stage in life if stage.artifact}
     recipe = {"title": config.title, "missing": _missing(life), "page": _code()}
     with locked(directory):
-        if finished(directory, KIND, recipe, inputs):
+        if (made := finished(directory, KIND, recipe, inputs)) and not damage(made):
+            _link(root, directory)
             print(f"{directory / PAGE} shows these artifacts already")
             return 0
-        (directory / MANIFEST).unlink(missing_ok=True)
+        withdraw(directory, KIND)
         draft = Draft(directory, KIND, recipe, inputs)
         write_atomically(directory / PAGE, render(life, config.title or root.resolve().name))
         draft.metrics = {"stages": len(inputs), "missing": len(life.stages) - len(inputs)}

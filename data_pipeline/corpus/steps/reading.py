@@ -38,9 +38,12 @@ class Selection:
     code: tuple[str, ...]
     exclude: tuple[str, ...] = ()
 
+    def excludes(self, path: str) -> bool:
+        return any(fnmatch("/" + path, pattern) for pattern in self.exclude)
+
     def kind(self, path: str) -> str | None:
         """ "prose", "code", or None for a file that is not read."""
-        if any(fnmatch("/" + path, pattern) for pattern in self.exclude):
+        if self.excludes(path):
             return None
         ending = PurePosixPath(path).suffix.lower()
         return "prose" if ending in self.prose else "code" if ending in self.code else None

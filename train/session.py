@@ -247,7 +247,7 @@ class Session:
             draft = Draft(
                 self.directory,
                 self.stage.kind,
-                recipe(self.resolved),
+                recipe(self.resolved) | self.start.foreign,
                 self.start.inputs,
                 metrics=summary,
                 facts={

@@ -70,13 +70,19 @@ class Start:
             _continues(own, brought, data, directory)
         if (Path(config.init_from) / MANIFEST).exists():
             inputs["model"] = Artifact.read(config.init_from)
-        fingerprints |= {"tokenizer": tokenizer.fingerprint, "model": fingerprint_of(directory)}
+        weights = inputs["model"].id if "model" in inputs else fingerprint_of(directory)
+        fingerprints |= {"tokenizer": tokenizer.fingerprint, "model": weights}
         # What only concerns training is this run's own choice.
         architecture = replace(
             hf.read_config(directory), dropout=config.model.dropout, attention=config.model.attention
         )
         rows = int(json.loads((directory / hf.CONFIG).read_text())["vocab_size"])
         return cls(tokenizer, architecture, max(rows, tokenizer.vocabulary), directory, inputs, fingerprints)
+
+    @property
+    def foreign(self) -> dict[str, str]:
+        """Part of the recipe: initial weights that come from no artifact, by their content."""
+        return {"init_from": self.fingerprints["model"]} if self.weights and "model" not in self.inputs else {}
 
     def build(self) -> Decoder:
         """The model without storage; `fill` gives it values once it is placed."""
@@ -94,14 +100,21 @@ class Start:
 
 
 def fingerprint_of(directory: Path) -> str:
-    """Of a Hugging Face directory: its configuration, and names, sizes and headers of its weight files."""
-    weights = sorted(directory.glob("*.safetensors"))
-    headers = []
-    for file in weights:
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            headers.append([file.name, file.stat().st_size, fingerprint(stream.read(min(length, 1 << 24)).hex())])
-    return fingerprint([sha256_of(directory / hf.CONFIG), headers])
+    """Of a Hugging Face directory: its configuration, and names, sizes and samples of its weight files. Two models of
+    one shape differ in nearly every sample; reading the files through would take minutes where they are large."""
+    files = [[file.name, file.stat().st_size, *_samples(file)] for file in sorted(directory.glob("*.safetensors"))]
+    return fingerprint([sha256_of(directory / hf.CONFIG), files])
+
+
+def _samples(file: Path, count: int = 256, size: int = 4096) -> list[str]:
+    """Hashes of pieces of a file, evenly spaced from its beginning to its end."""
+    last = max(0, file.stat().st_size - size)
+    found = []
+    with open(file, "rb") as stream:
+        for number in range(count):
+            stream.seek(last * number // (count - 1))
+            found.append(fingerprint(stream.read(size).hex()))
+    return found
 
 
 def _continues(own: Tokenizer, brought: Tokenizer, data: Path, model: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -182,3 +183,19 @@ def test_fine_tuning_starts_from_the_weights_of_another_run(corpus, uninterrupte
     assert all(torch.equal(one[name], other[name]) for name in other)
     artifact = Artifact.read(run_dir)
     assert artifact.inputs["model"]["id"] == Artifact.read(uninterrupted).id
+
+
+def test_other_weights_of_the_same_shape_are_other_inputs(corpus, uninterrupted, tmp_path):
+    ours, theirs, run_dir = tmp_path / "ours", tmp_path / "theirs", tmp_path / "run"
+    shutil.copytree(uninterrupted / "model", ours)
+    shutil.copytree(ours, theirs)
+    content = bytearray((theirs / "model.safetensors").read_bytes())
+    content[-(len(content) // 3) :] = content[-(len(content) // 3) :][::-1]
+    (theirs / "model.safetensors").write_bytes(content)
+    complete(corpus, run_dir, "stage.steps=1", f"init_from={ours}")
+    assert "nothing to do" in complete(corpus, run_dir, "stage.steps=1", f"init_from={ours}")
+    for made in ("finished", "other inputs (fingerprints)"):
+        running = begin(corpus, run_dir, "stage.steps=1", f"init_from={theirs}")
+        assert running.wait() == [OccupiedError.exit_code], running.output()
+        assert made in running.output()
+        (run_dir / "manifest.json").unlink(missing_ok=True)

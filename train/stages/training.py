@@ -103,7 +103,7 @@ class Training(Stage):
                     stack.enter_context(locked(directory))
             with together():
                 start = Start.of(config)
-                done = finished(directory, self.kind, recipe(resolved), start.inputs)
+                done = finished(directory, self.kind, recipe(resolved) | start.foreign, start.inputs)
                 if done is None:
                     self._check_directory(directory, config, resolved)
                 elif world.rank == 0:

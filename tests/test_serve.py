@@ -7,10 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 ENVIRONMENT = ROOT / ".vllm"
 QUESTION = [{"role": "user", "content": "Which way to the sea?"}]
 TOKENS = 48
+KEY = api_key.ApiKey("k", "k")
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +131,41 @@ def test_a_server_that_dies_at_once_shows_the_end_of_its_log(life, tmp_path):
     )
     with pytest.raises(ServeError, match=r"did not start \(status 3\):\n  cannot allocate the cache"):
         server.run()
+
+
+def test_the_server_is_asked_directly_whatever_proxy_is_set(life, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Health", (BaseHTTPRequestHandler,), {"do_GET": _well})) as peer:
+        threading.Thread(target=peer.serve_forever, daemon=True).start()
+        config = ServeConfig(port=peer.server_address[1])
+        assert Server(config, Artifact.read(life / "export"), VllmEnvironment(Path("/"), "cpu", (), {}), KEY)._healthy()
+        peer.shutdown()
+
+
+def _well(handler: BaseHTTPRequestHandler) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+
+
+def test_an_address_with_colons_stands_in_brackets(life):
+    server = Server(
+        ServeConfig(host="::1"), Artifact.read(life / "export"), VllmEnvironment(Path("/"), "cpu", (), {}), KEY
+    )
+    assert server.url == "http://[::1]:8000"
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_the_server_ends_with_the_terminal_and_on_request(life, tmp_path, number):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    server = Server(
+        ServeConfig(port=_free_port()), Artifact.read(life / "export"), VllmEnvironment(tmp_path, "cpu", (), {}), KEY
+    )
+    threading.Timer(1.0, os.kill, (os.getpid(), number)).start()
+    assert server.run() == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@ On loopback, with an API key. vLLM lives in an environment of its own (tools/vll
 start. The server ends with this process, however this process is asked to end.
 """
 
+import http.client
 import os
 import signal
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections import deque
 from dataclasses import dataclass
@@ -28,6 +28,10 @@ from tools.vllm_environment import VllmEnvironment
 LOG = "serve.log"
 POLL_S = 0.2
 GRACE_S = 30.0
+STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, a supervisor, a terminal that is closed (unless nohup has it ignored)."""
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""A proxy that the environment names knows nothing of our loopback."""
 
 
 class ServeError(LongrunError):
@@ -161,7 +165,8 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"http://{self.config.host}:{self.config.port}"
+        host = self.config.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.config.port}"
 
     @property
     def log(self) -> Path:
@@ -188,7 +193,8 @@ class Server:
         Raises:
             ServeError: it ended by itself or did not answer in time; shows the end of its log.
         """
-        handlers = {number: signal.signal(number, self._asked) for number in (signal.SIGINT, signal.SIGTERM)}
+        asking = [number for number in STOP if signal.getsignal(number) is not signal.SIG_IGN]
+        handlers = {number: signal.signal(number, self._asked) for number in asking}
         with open(self.log, "w") as log:
             # In a session of its own, so that a Ctrl-C reaches it through us and once.
             process = subprocess.Popen(
@@ -232,9 +238,9 @@ class Server:
 
     def _healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+            with DIRECTLY.open(f"{self.url}/health", timeout=5) as answer:
                 return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
+        except (OSError, http.client.HTTPException):  # URLError is an OSError
             return False
 
     def _usage(self) -> str:

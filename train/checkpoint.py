@@ -214,7 +214,7 @@ class Checkpoints:
         if full:
             free = shutil.disk_usage(self.directory).free
             return DiskFullError(
-                f"no room for the checkpoint of step {save.step} in {self.directory}: {save.bytes / 1e6:.1f} MB "
+                f"no room for the checkpoint of step {save.step} in {self.directory}: over {save.bytes / 1e6:.1f} MB "
                 f"needed, {free / 1e6:.1f} MB free. {good}. Make room, then start the same command again."
             )
         return CheckpointError(f"the checkpoint of step {save.step} was not written: {reason}. {good}.")

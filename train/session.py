@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from conf.errors import LongrunError
 from data_pipeline.artifact import Draft
 from data_pipeline.loader import Loader
 from parallel.distributed import World
@@ -41,6 +43,10 @@ SETUP = "setup"
 
 PROFILED_STEP = 3
 """After compilation and the filling of the prefetch."""
+
+
+class PublishError(LongrunError):
+    """The weights cannot be written."""
 
 
 class Session:
@@ -118,6 +124,7 @@ class Session:
 
         Raises:
             DivergedError: names the last checkpoint.
+            PublishError: there is no room for the model.
         """
         loop = self._loop(signals)
         try:
@@ -231,38 +238,51 @@ class Session:
         memory = torch.tensor(peak_memory(self.world.device))
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
         weights = self.engine.weights(ema=self.stage.ema > 0)
-        if self.first:
+        with together():
+            if self.first:
+                self._write(loop, validation, weights, int(memory))
+
+    def _write(self, loop: Loop, validation: dict[str, float], weights: dict[str, Tensor], memory_bytes: int) -> None:
+        from safetensors import SafetensorError
+
+        try:
             hf.write(self.directory / MODEL, self.start.architecture, weights, self.start.tokenizer)
-            summary: dict[str, Any] = {
-                "steps": self.progress.step,
-                "samples": self.progress.samples,
-                "tokens": self.progress.tokens,
-                "loss": loop.monitor.last.get("loss", math.nan),
-                **validation,
-                "skipped_steps": len(self.progress.skipped),
-                **loop.monitor.summary(),
-                "peak_memory_bytes": int(memory),
-                "shares": loop.clock.shares(),
-            }
-            draft = Draft(
-                self.directory,
-                self.stage.kind,
-                recipe(self.resolved) | self.start.foreign,
-                self.start.inputs,
-                metrics=summary,
-                facts={
-                    "processes": self.world.size,
-                    "device": self.world.device.type,
-                    "parameters": sum(weight.numel() for weight in weights.values()),
-                    "fingerprints": self.inputs,
-                },
-                started_s=self.started_s,
-                earlier_s=loop.earlier_s,
-            )
-            artifact = draft.publish(f"{MODEL}/**/*")
-            loop.monitor.metrics.close({name: value for name, value in summary.items() if name != "shares"})
-            self._say(_closing(artifact.path, summary))
-        dist.barrier()
+        except (OSError, SafetensorError) as error:
+            needed = sum(weight.nbytes for weight in weights.values())
+            raise PublishError(
+                f"the model was not written to {self.directory / MODEL}: {error}. {needed / 1e6:.1f} MB are needed, "
+                f"{shutil.disk_usage(self.directory).free / 1e6:.1f} MB free. The checkpoint of step "
+                f"{self.progress.step} holds it: make room, then start the same command again."
+            ) from error
+        summary: dict[str, Any] = {
+            "steps": self.progress.step,
+            "samples": self.progress.samples,
+            "tokens": self.progress.tokens,
+            "loss": loop.monitor.last.get("loss", math.nan),
+            **validation,
+            "skipped_steps": len(self.progress.skipped),
+            **loop.monitor.summary(),
+            "peak_memory_bytes": memory_bytes,
+            "shares": loop.clock.shares(),
+        }
+        draft = Draft(
+            self.directory,
+            self.stage.kind,
+            recipe(self.resolved) | self.start.foreign,
+            self.start.inputs,
+            metrics=summary,
+            facts={
+                "processes": self.world.size,
+                "device": self.world.device.type,
+                "parameters": sum(weight.numel() for weight in weights.values()),
+                "fingerprints": self.inputs,
+            },
+            started_s=self.started_s,
+            earlier_s=loop.earlier_s,
+        )
+        artifact = draft.publish(f"{MODEL}/**/*")
+        loop.monitor.metrics.close({name: value for name, value in summary.items() if name != "shares"})
+        self._say(_closing(artifact.path, summary))
 
     def _say(self, text: str) -> None:
         if self.first:

@@ -107,7 +107,8 @@ class Clock:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would report its own stages on stderr
         _synchronise(self._device)
         # Not torch.profiler: entering that one imports the compiler, which takes seconds.
-        with torch.autograd.profiler.profile(use_device="cuda" if self._device.type == "cuda" else None) as profile:
+        device = "cuda" if self._device.type == "cuda" else None
+        with torch.autograd.profiler.profile(use_device=device, use_kineto=True) as profile:  # only Kineto sees kernels
             start = time.perf_counter()
             yield
             _synchronise(self._device)
@@ -132,6 +133,8 @@ def exposed_communication(events: Iterable, device_type: str) -> float:
     for event in events:
         on_device = str(event.device_type).endswith("CUDA")
         if on_device != (device_type == "cuda"):
+            continue
+        if on_device and event.is_user_annotation:  # a span that FSDP2 names over kernels, communication included
             continue
         interval = (event.time_range.start, event.time_range.end)
         if event.name.startswith("gloo:") or (on_device and "nccl" in event.name.lower()):

@@ -233,9 +233,14 @@ def test_shares_of_time_add_up_to_one():
     assert sum(shares.values()) == pytest.approx(1) and shares["data"] > 0
 
 
-def event(name, start, end, device="CPU", children=()):
-    span = SimpleNamespace(start=start, end=end)
-    return SimpleNamespace(name=name, time_range=span, device_type=f"DeviceType.{device}", cpu_children=children)
+def event(name, start, end, device="CPU", children=(), annotation=False):
+    return SimpleNamespace(
+        name=name,
+        time_range=SimpleNamespace(start=start, end=end),
+        device_type=f"DeviceType.{device}",
+        cpu_children=children,
+        is_user_annotation=annotation,
+    )
 
 
 def test_only_communication_that_no_computation_hides_is_counted():
@@ -243,7 +248,18 @@ def test_only_communication_that_no_computation_hides_is_counted():
     compute = [event("aten::mm", 20, 40), event("aten::linear", 0, 300, children=(1,)), event("aten::mm", 140, 200)]
     assert exposed_communication([*gloo, *compute], "cpu") == pytest.approx((150 - 20 - 10) * 1e-6)
     kernels = [event("ncclDevKernel", 0, 10, "CUDA"), event("gemm", 5, 30, "CUDA"), event("gloo:x", 0, 99)]
-    assert exposed_communication(kernels, "cuda") == pytest.approx(5e-6)
+    spans = [event("FSDP::all_gather", 0, 10, "CUDA", annotation=True)]
+    assert exposed_communication([*kernels, *spans], "cuda") == pytest.approx(5e-6)
+
+
+def test_on_a_gpu_the_profiled_step_records_kernels(monkeypatch):
+    asked = {}
+    profile = torch.autograd.profiler.profile
+    monkeypatch.setattr(torch.autograd.profiler, "profile", lambda **settings: asked.update(settings) or profile())
+    monkeypatch.setattr("train.throughput._synchronise", lambda device: None)
+    with Clock(torch.device("cuda"), 3).step(3):
+        pass
+    assert asked == {"use_device": "cuda", "use_kineto": True}  # without Kineto torch records the host's side alone
 
 
 def test_the_measured_peak_is_not_below_a_plain_product():

@@ -199,3 +199,22 @@ def test_other_weights_of_the_same_shape_are_other_inputs(corpus, uninterrupted,
         assert running.wait() == [OccupiedError.exit_code], running.output()
         assert made in running.output()
         (run_dir / "manifest.json").unlink(missing_ok=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+def test_a_disk_too_full_for_the_model_ends_all_ranks_with_a_message_and_the_restart_writes_it(corpus, tmp_path):
+    """Room for the checkpoint (1.4 MB), not for the model (0.5 MB) beside it."""
+    run_dir = tmp_path / "disk" / "run"
+    run_dir.parent.mkdir()
+    settings = ("stage.steps=2", "stage.checkpoint_every=0", "parallel.dp_shard=2", "parallel.zero=1")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1900k", "tmpfs", run_dir.parent], check=True)
+    try:
+        running = begin(corpus, run_dir, *settings, logs=tmp_path, ranks=2)
+        assert running.wait() == [1, 1]
+        assert "the model was not written" in running.output() and "The checkpoint of step 2" in running.output()
+        assert "Traceback" not in running.output(0) + running.output(1) and "error" not in running.output(1)
+        subprocess.run(["mount", "-o", "remount,size=64m", run_dir.parent], check=True)
+        complete(corpus, run_dir, *settings, logs=tmp_path, ranks=2)
+        assert Artifact.read(run_dir).metrics["steps"] == 2
+    finally:
+        subprocess.run(["umount", run_dir.parent], check=True)

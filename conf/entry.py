@@ -34,8 +34,12 @@ def run(config_name: str, schema: type[C], main: Callable[[C, dict[str, Any]], i
         group="hydra/help", name="longrun", node={"app_name": config_name, "template": _help(schema)}
     )
 
+    composed = False
+
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)
     def task(node: DictConfig) -> None:
+        nonlocal composed
+        composed = True
         # Told here: an exception that reached Hydra would be announced a second time in its own words.
         try:
             code = main(typed(node, schema), OmegaConf.to_container(node, resolve=True))  # type: ignore[arg-type]
@@ -48,6 +52,13 @@ def run(config_name: str, schema: type[C], main: Callable[[C, dict[str, Any]], i
         task()
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error, schema)}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except ValueError as error:
+        if composed:
+            raise
+        # Hydra's own, for `optim=3`: it does not name the key.
+        fix = "A group takes the name of one of its options, as in optim=muon; values go to keys in it: optim.lr=0.01."
+        print(f"error: {error}\n{fix}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

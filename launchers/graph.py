@@ -73,7 +73,7 @@ class LifecycleConfig:
         root: directory that holds one directory per stage, `logs/` and `lifecycle.json`.
         stages: name -> what is run; the name is also the stage's directory.
         launcher: who starts processes.
-        parallel: stages that may run at the same time, where the graph allows it.
+        concurrent: stages that may run at the same time, where the graph allows it.
         restarts: times a stage is started again after it stopped early with a checkpoint (exit code 75).
         dry_run: check everything and show what would be run, without running it.
     """
@@ -82,7 +82,7 @@ class LifecycleConfig:
     root: str = "runs/${name}"
     stages: dict[str, StageSpec] = field(default_factory=dict)
     launcher: Any = MISSING
-    parallel: int = 1
+    concurrent: int = 1
     restarts: int = 10
     dry_run: bool = False
 
@@ -115,8 +115,8 @@ class LifecycleConfig:
         found = []
         if not self.stages:
             found.append(Problem("stages", "{}", "at least one stage; see conf/lifecycle/demo.yaml"))
-        for key in ("parallel", "restarts"):
-            if getattr(self, key) < (least := 1 if key == "parallel" else 0):
+        for key in ("concurrent", "restarts"):
+            if getattr(self, key) < (least := 1 if key == "concurrent" else 0):
                 found.append(Problem(key, getattr(self, key), f"{least} or more"))
         for name, stage in self.stages.items():
             found += self._stage_problems(name, stage)

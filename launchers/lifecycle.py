@@ -180,7 +180,7 @@ class Life:
                     self.rows[name] = Row(name, "not started")
             elif artifact := self.proven(name):
                 self.rows[name] = self._row(name, "skipped", artifact)
-            elif len(self.running) < self.config.parallel:
+            elif len(self.running) < self.config.concurrent:
                 self._start(name)
 
     def _start(self, name: str) -> None:

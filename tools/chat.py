@@ -40,7 +40,7 @@ class ChatConfig:
         top_k: keep this many of the likeliest tokens; 0 keeps all.
         stop: texts that end an answer, besides the model's own.
         seed: of the draws.
-        model: name of the model on a server that offers several; empty takes the first.
+        name: of the model on a server that offers several; empty takes the first.
         key_file: file with the API key of a server, where LONGRUN_API_KEY is not set.
     """
 
@@ -54,7 +54,7 @@ class ChatConfig:
     top_k: int = 0
     stop: list[str] = field(default_factory=list)
     seed: int = 0
-    model: str = ""
+    name: str = ""
     key_file: str = ""
 
     def problems(self) -> list[Problem]:
@@ -74,7 +74,7 @@ class ChatConfig:
         if not self.target.startswith(("http://", "https://")):
             return Embedded(self.target, self.mode)
         key = api_key.from_environment() or (api_key.read(self.key_file) if self.key_file else None)
-        return Remote(self.target, key, self.mode != "complete", self.model)
+        return Remote(self.target, key, self.mode != "complete", self.name)
 
 
 class Conversation:

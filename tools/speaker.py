@@ -108,7 +108,7 @@ class Remote:
             with self._request("GET", "/v1/models") as response:
                 offered = json.loads(response.read()).get("data", [])
             if not offered:
-                raise ChatError(f"{self.url} offers no model; give its name with model=NAME.")
+                raise ChatError(f"{self.url} offers no model; give it with name=NAME.")
             self.name = offered[0]["id"]
 
     def answer(self, messages: Messages, sampling: "Sampling") -> Iterator[str]:

@@ -1,14 +1,25 @@
 """What a user reads: help, misspelt keys, every problem at once."""
 
+import dataclasses
+import importlib
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 
 from conf import entry
+from conf.registry import OPTIONS
 from train.__main__ import main
 from train.config import RunConfig
+
+CONF = Path(entry.__file__).parent
+for tool in ("bench", "chat", "lineage", "parity", "report.__main__", "serve"):
+    importlib.import_module(f"tools.{tool}")
+importlib.import_module("launchers.lifecycle")
+importlib.import_module("data_pipeline.config")
 
 
 @dataclass
@@ -47,6 +58,21 @@ def test_an_unknown_option_is_refused_with_those_that_exist(run):
     assert result.returncode == 1
     assert "optim/adamv" in result.stderr and "muon" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_value_in_the_place_of_an_option_is_refused(run):
+    result = run("parallel=2")
+    assert result.returncode == 1
+    assert "Got int" in result.stderr and "optim=muon" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("file", sorted(CONF.glob("*.yaml")), ids=lambda file: file.stem)
+def test_no_key_is_called_like_a_group_that_would_hide_it(file):
+    schema, *groups = yaml.safe_load(file.read_text())["defaults"]
+    chosen = {key.removeprefix("optional ") for entry in groups if isinstance(entry, dict) for key in entry}
+    keys = {field.name for field in dataclasses.fields(OPTIONS["", schema])}
+    assert not (keys & {group.split("/")[0] for group, _ in OPTIONS}) - chosen
 
 
 def test_a_value_of_the_wrong_type_is_refused_with_its_key(run):

@@ -59,7 +59,7 @@ def test_every_problem_is_named_at_once_with_key_value_and_fix():
             "Logs": StageSpec(),
         },
         launcher=Local(threads=-1),
-        parallel=0,
+        concurrent=0,
         restarts=-1,
     )
     told = "\n".join(map(str, config.problems()))
@@ -71,7 +71,7 @@ def test_every_problem_is_named_at_once_with_key_value_and_fix():
         "stages.sft.processes=0",
         "stages.Logs",
         "launcher.threads=-1",
-        "parallel=0",
+        "concurrent=0",
         "restarts=-1",
     ):
         assert part in told, part

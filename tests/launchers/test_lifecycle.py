@@ -143,7 +143,7 @@ def test_independent_stages_run_side_by_side_when_asked(live):
         "b": dummy(set={"seconds": 1.0}),
         "c": dummy(needs={"sources": ["a", "b"]}),
     }
-    assert live(stages, parallel=2)[:2] == (0, dict.fromkeys("abc", "done"))
+    assert live(stages, concurrent=2)[:2] == (0, dict.fromkeys("abc", "done"))
     a, b, c = (Artifact.read(live.root / name) for name in "abc")
     assert max(a.started_s, b.started_s) < min(a.started_s + a.duration_s, b.started_s + b.duration_s) < c.started_s
 

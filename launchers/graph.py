@@ -58,6 +58,11 @@ class StageSpec:
         options = [f"{group}={choice}" for group, choice in self.options.items()]
         return [self.command, *options, *(f"{key}={quoted(value)}" for key, value in values.items())]
 
+    def texts(self) -> list[str]:
+        """Every text among its values; some are paths."""
+        values = (value if isinstance(value, list) else [value] for _, value in _flatten(self.set))
+        return sorted({text for parts in values for text in parts if isinstance(text, str) and text})
+
     def _needed(self) -> Iterator[tuple[str, list[str]]]:
         for key, paths in self.needs.items():
             yield key, [str(path) for path in paths] if isinstance(paths, list) else [str(paths)]

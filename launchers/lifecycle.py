@@ -2,11 +2,12 @@
 
 A stage is done when its process exited with 0 *and* its manifest can be read. The stage itself decides whether what it
 finds is what it would make; the lifecycle only avoids the start of a process where it can prove that nothing changed:
-same command line, same inputs, same code, same files.
+same command line, same inputs, same code, same files, those outside that its settings name included.
 """
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -98,7 +99,18 @@ class Life:
             except ArtifactError:
                 inputs[other] = None
         call = spec.call(self.root, name)
-        return {"id": artifact.id, "call": call, "processes": spec.processes, "inputs": inputs, "code": self.code}
+        return {
+            "id": artifact.id,
+            "call": call,
+            "processes": spec.processes,
+            "inputs": inputs,
+            "outside": {text: listing(Path(text)) for text in spec.texts() if self._is_outside(text)},
+            "code": self.code,
+        }
+
+    def _is_outside(self, text: str) -> bool:
+        """Whether it names a file or directory that no stage makes."""
+        return os.path.exists(text) and not Path(text).resolve().is_relative_to(self.root.resolve())
 
     def _read_book(self) -> dict[str, dict[str, Any]]:
         """What is known of the stages: how they are called, the records of those done and the wall time they took
@@ -324,6 +336,13 @@ def damage(artifact: Artifact) -> list[str]:
         elif file.stat().st_size != record["bytes"]:
             bad.append(f"{name} has {file.stat().st_size} bytes instead of {record['bytes']}")
     return bad
+
+
+def listing(path: Path) -> str:
+    """Changes with the names, sizes or times of the files there."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stats = [(str(file), file.stat()) for file in files if file.is_file()]
+    return fingerprint([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
 
 
 def code_fingerprint() -> str:

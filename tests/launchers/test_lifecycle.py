@@ -88,6 +88,17 @@ def test_a_changed_setting_redoes_the_stage_and_what_depends_on_it(live):
     assert list(live.root.glob("b.stale-*")) == [aside], "one earlier artifact is kept, not every one"
 
 
+def test_a_stage_is_asked_again_when_a_file_that_its_settings_name_has_changed(live, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "one.md").write_text("one")
+    stages = {"a": dummy(set={"text": str(tmp_path / "notes")}), "b": dummy(needs={"source": "a"})}
+    live(stages)
+    assert "a: python -m" not in live(stages)[2], "nothing has changed"
+    (tmp_path / "notes" / "two.md").write_text("two")
+    shown = live(stages)[2]
+    assert "a: python -m" in shown and "b: python -m" not in shown
+
+
 def test_a_setting_that_changes_no_result_redoes_nothing_else(live):
     live(chain())
     code, states, _ = live(chain() | {"b": dummy(needs={"source": "a"}, set={"seconds": 0.01})})

@@ -195,9 +195,11 @@ def chat_faults(record: Any) -> list[str]:
 OVERLONG = ("truncate", "drop")
 
 
-def length_problems(sequence_length: int, overlong: str) -> list[Problem]:
-    """What is wrong with the two settings that chat and preference data share."""
+def record_problems(path: str, sequence_length: int, overlong: str) -> list[Problem]:
+    """What is wrong with the settings that chat and preference data share."""
     problems = []
+    if not path:
+        problems.append(Problem("data.path", "", "the directory of a chat artifact, for instance runs/demo/tasks"))
     if sequence_length < 2:
         problems.append(Problem("data.sequence_length", sequence_length, "at least 2 tokens"))
     if overlong not in OVERLONG:
@@ -221,7 +223,7 @@ class ChatData:
     overlong: str = "truncate"
 
     def problems(self, config: Any, world_size: int) -> list[Problem]:
-        return length_problems(self.sequence_length, self.overlong)
+        return record_problems(self.path, self.sequence_length, self.overlong)
 
     def open(self, split: str, tokenizer: "Tokenizer", seed: int) -> Packed:
         """Read, check, encode and pack one split: a pure function of the file, the tokenizer and the seed.
@@ -235,7 +237,8 @@ class ChatData:
         records = read_records(self.path, split, chat_faults)
         conversations = [encode(tokenizer, record["messages"]) for record in records]
         samples = self.fitting(conversations, str(file))
-        parts = ["chat", sha256_of(file), tokenizer.fingerprint, self.sequence_length, self.overlong, seed]
+        made_with = [tokenizer.fingerprint, tokenizer.chat_template]
+        parts = ["chat", sha256_of(file), *made_with, self.sequence_length, self.overlong, seed]
         return Packed(samples, self.sequence_length, seed, tokenizer.pad, fingerprint(parts))
 
     def fitting(self, conversations: Sequence[Conversation], source: str) -> list[tuple[list[int], list[int]]]:

@@ -15,7 +15,7 @@ from conf.errors import Problem
 from conf.registry import register
 from data_pipeline.artifact import fingerprint, sha256_of
 from data_pipeline.batch import IGNORED, PreferenceBatch
-from data_pipeline.chat import Conversation, encode, length_problems
+from data_pipeline.chat import Conversation, encode, record_problems
 from data_pipeline.records import EmptySetError, message_faults, read_records, without_assistant
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class PreferenceData:
     overlong: str = "drop"
 
     def problems(self, config: Any, world_size: int) -> list[Problem]:
-        return length_problems(self.sequence_length, self.overlong)
+        return record_problems(self.path, self.sequence_length, self.overlong)
 
     def open(self, split: str, tokenizer: "Tokenizer", seed: int) -> "PreferencePairs":
         """Read, check and encode one split. `seed` is not used: a pair is a sample, and the loader orders samples.
@@ -80,9 +80,8 @@ class PreferenceData:
             for record in records
         ]
         source = Path(self.path) / f"{stem}.jsonl"
-        name = fingerprint(
-            ["preference", sha256_of(source), tokenizer.fingerprint, self.sequence_length, self.overlong]
-        )
+        made_with = [tokenizer.fingerprint, tokenizer.chat_template]
+        name = fingerprint(["preference", sha256_of(source), *made_with, self.sequence_length, self.overlong])
         return PreferencePairs(pairs, self.sequence_length, self.overlong, tokenizer.pad, str(source), name)
 
 

@@ -49,7 +49,8 @@ class Start:
         """Read tokenizer and architecture, and check them against each other.
 
         Raises:
-            StartError: no tokenizer, or the corpus's does not continue that of the model.
+            StartError: no tokenizer, or the corpus's does not continue that of the model; or samples are longer than
+                the model's context.
         """
         data = Path(config.data.path)
         inputs = {"data": Artifact.read(data)}
@@ -62,6 +63,7 @@ class Start:
                     "from (a run directory, an export, or a Hugging Face directory), whose tokenizer is used."
                 )
             fingerprints["tokenizer"] = own.fingerprint
+            _check_length(config, config.model, "model.max_positions")
             return cls(own, config.model, own.vocabulary, None, inputs, fingerprints)
         directory = hf.model_directory(config.init_from)
         brought = Tokenizer.load(directory)
@@ -76,6 +78,7 @@ class Start:
         architecture = replace(
             hf.read_config(directory), dropout=config.model.dropout, attention=config.model.attention
         )
+        _check_length(config, architecture, f"max_position_embeddings of {directory / hf.CONFIG}")
         rows = int(json.loads((directory / hf.CONFIG).read_text())["vocab_size"])
         return cls(tokenizer, architecture, max(rows, tokenizer.vocabulary), directory, inputs, fingerprints)
 
@@ -97,6 +100,15 @@ class Start:
         else:
             weights = hf.read_weights(self.weights, self.architecture)
             _copy_into(model, hf.extend_vocabulary(weights, self.vocabulary))
+
+
+def _check_length(config: "RunConfig", architecture: DecoderConfig, source: str) -> None:
+    """What is served reads no further than the configuration that is written beside the weights."""
+    if config.data.sequence_length > architecture.max_positions:
+        raise StartError(
+            f"data.sequence_length={config.data.sequence_length} is longer than the context of the model, "
+            f"{architecture.max_positions} tokens ({source}). Give at most that many, or a model with more."
+        )
 
 
 def fingerprint_of(directory: Path) -> str:

@@ -138,6 +138,7 @@ def test_the_packing_is_a_function_of_records_and_seed(tmp_path):
     everything = range(len(a))
     assert torch.equal(a.micro_batch(everything).tokens_BL, b.micro_batch(everything).tokens_BL)
     assert a.fingerprint == b.fingerprint != c.fingerprint
+    assert data.open("train", tokenizer(MARKED), seed=1).fingerprint != a.fingerprint
 
 
 def test_a_window_does_not_depend_on_those_it_is_batched_with(tmp_path):
@@ -220,4 +221,4 @@ def test_a_sample_with_nothing_to_learn_is_refused_by_line(tmp_path):
 
 def test_settings_that_cannot_work_are_problems():
     problems = OPTIONS["data", "chat"](sequence_length=1, overlong="fold").problems(None, 1)
-    assert [p.key for p in problems] == ["data.sequence_length", "data.overlong"]
+    assert [p.key for p in problems] == ["data.path", "data.sequence_length", "data.overlong"]

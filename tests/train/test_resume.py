@@ -185,6 +185,12 @@ def test_fine_tuning_starts_from_the_weights_of_another_run(corpus, uninterrupte
     assert artifact.inputs["model"]["id"] == Artifact.read(uninterrupted).id
 
 
+def test_samples_longer_than_the_context_of_the_model_are_refused(corpus, tmp_path):
+    running = begin(corpus, tmp_path / "run", "stage.steps=1", "data.sequence_length=64", "model.max_positions=32")
+    assert running.wait() == [1]
+    assert "32 tokens (model.max_positions)" in running.output() and "Traceback" not in running.output()
+
+
 def test_other_weights_of_the_same_shape_are_other_inputs(corpus, uninterrupted, tmp_path):
     ours, theirs, run_dir = tmp_path / "ours", tmp_path / "theirs", tmp_path / "run"
     shutil.copytree(uninterrupted / "model", ours)

@@ -20,6 +20,9 @@ from conf.registry import OPTIONS
 
 C = TypeVar("C")
 
+HELP = {"group": "hydra/help", "name": "longrun"}
+ConfigStore.instance().store(**HELP, node={})  # so that configurations compose without an entry point; `run` fills it
+
 
 def run(config_name: str, schema: type[C], main: Callable[[C, dict[str, Any]], int]) -> None:
     """Run an entry point: compose `conf/<config_name>.yaml`, check it, call `main(config, resolved)`.
@@ -30,9 +33,7 @@ def run(config_name: str, schema: type[C], main: Callable[[C, dict[str, Any]], i
         main: given the typed configuration and its plain, resolved form; returns the exit code.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # composition errors reach `explain` below
-    ConfigStore.instance().store(
-        group="hydra/help", name="longrun", node={"app_name": config_name, "template": _help(schema)}
-    )
+    ConfigStore.instance().store(**HELP, node={"app_name": config_name, "template": _help(schema)})
 
     composed = False
 

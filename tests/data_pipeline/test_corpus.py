@@ -25,9 +25,10 @@ from data_pipeline.corpus import build as building
 from data_pipeline.corpus.build import CorpusError, build, check
 from data_pipeline.corpus.rules import Gates, Rules
 from data_pipeline.corpus.sources import Files, HuggingFace, Sdists, SourceError, StandardLibrary
+from data_pipeline.corpus.steps import reading
 from data_pipeline.corpus.steps.cleaning import Quality, normalised
 from data_pipeline.corpus.steps.pieces import read_piece
-from data_pipeline.corpus.steps.splitting import AssignSplit, split_of
+from data_pipeline.corpus.steps.splitting import AssignSplit, position, split_of
 from data_pipeline.corpus.steps.tokenising import WriteTokens
 from data_pipeline.corpus.text import TextCorpus
 from data_pipeline.text import TextData
@@ -270,6 +271,36 @@ def test_a_corpus_without_a_training_document_is_refused(texts, tmp_path):
 
 
 # Sources
+
+
+def packed(ending: str, content: bytes) -> bytes:
+    import gzip
+
+    import zstandard
+
+    frames = [content[: len(content) // 2], content[len(content) // 2 :]]  # as `cat a.zst b.zst` makes them
+    return {
+        "": lambda: content,
+        ".gz": lambda: b"".join(map(gzip.compress, frames)),
+        ".zst": lambda: b"".join(map(zstandard.ZstdCompressor().compress, frames)),
+    }[ending]()
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_lines_are_all_read_whatever_they_are_packed_in(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr(reading, "BLOCK", 1000)
+    expected = [f"{number} {position(str(number))}".encode() for number in range(2000)]
+    (tmp_path / f"x.jsonl{ending}").write_bytes(packed(ending, b"\n".join(expected)))
+    assert list(reading.lines(tmp_path / f"x.jsonl{ending}")) == expected
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_a_packed_file_that_breaks_off_is_refused(tmp_path, ending):
+    records = "\n".join(json.dumps({"text": text}) for text in PROSE)
+    whole = packed(ending, records.encode())
+    (tmp_path / f"x.jsonl{ending}").write_bytes(whole[: len(whole) * 3 // 4])
+    with pytest.raises(SourceError, match="is damaged"):
+        made(tmp_path, tmp_path / "corpus")
 
 
 def test_excluded_records_are_not_read(tmp_path):

@@ -4,24 +4,32 @@ A reader drops nothing. What cannot be used is passed on with its fault, for the
 quarantine: a line that is no JSON must be counted, not skipped.
 """
 
+import gzip
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import orjson
+import zstandard
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.readers.base import BaseReader
 from datatrove.pipeline.readers.huggingface import HuggingFaceDatasetReader
 from datatrove.pipeline.readers.jsonl import JsonlReader
 
+from data_pipeline.corpus.sources import SourceError
+
 FAULT = "fault"
 """Metadata key: why a document cannot be used."""
 LARGEST_FILE = 4 * 2**20
 """Bytes. A larger file in a source distribution is data, not text."""
+BLOCK = 2**20
+"""Bytes read at a time."""
 
 
 @dataclass(frozen=True)
@@ -173,16 +181,49 @@ class StrictJsonlReader(JsonlReader):
             yield doc
 
     def read_file(self, filepath: str) -> Iterator[Document]:
-        with self.data_folder.open(filepath, "rb", compression=self.compression) as stream:
-            for number, line in enumerate(stream, 1):
-                path = f"{filepath}:{number}"
-                try:
-                    record = orjson.loads(line)
-                except orjson.JSONDecodeError:
-                    metadata = self.origin.metadata(path, self.kind) | {FAULT: "not_json"}
-                    yield Document(text=line.decode("utf-8", errors="replace"), id=path, metadata=metadata)
-                else:
-                    yield record_document(self.origin, path, self.kind, record, self.text_key)
+        for number, line in enumerate(lines(Path(self.origin.path) / filepath), 1):
+            path = f"{filepath}:{number}"
+            try:
+                record = orjson.loads(line)
+            except orjson.JSONDecodeError:
+                metadata = self.origin.metadata(path, self.kind) | {FAULT: "not_json"}
+                yield Document(text=line.decode("utf-8", errors="replace"), id=path, metadata=metadata)
+            else:
+                yield record_document(self.origin, path, self.kind, record, self.text_key)
+
+
+def lines(file: Path) -> Iterator[bytes]:
+    """Lines of a file that is plain, .gz or .zst, without their ends.
+
+    Raises:
+        SourceError: the compressed data are damaged or break off.
+    """
+    rest = b""
+    try:
+        for block in _blocks(file):
+            *whole, rest = (rest + block).split(b"\n")
+            yield from whole
+    except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
+        raise SourceError(f"{file} is damaged ({error}); copy it again, or leave it out.") from error
+    if rest:
+        yield rest
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    if file.suffix != ".zst":
+        with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
+            yield from iter(partial(stream.read, BLOCK), b"")
+        return
+    # By hand: zstandard's own readers take a file that breaks off for one that ends.
+    frame = None
+    with open(file, "rb") as stream:
+        while block := stream.read(BLOCK):
+            while block:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(block)
+                block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame:
+        raise EOFError("it ends within a frame")
 
 
 def record_document(origin: Origin, path: str, kind: str, record: Any, text_key: str) -> Document:

@@ -65,7 +65,7 @@ def run(config_name: str, schema: type[C], main: Callable[[C, dict[str, Any]], i
 
 def tell(error: LongrunError) -> int:
     """Print the message once; returns the exit code."""
-    rank = os.environ.get("RANK")
+    rank = os.environ.get("RANK") or (os.environ.get("SLURM_PROCID") if "SLURM_STEP_NUM_TASKS" in os.environ else None)
     if not isinstance(error, ConfigError):
         print(f"[rank {rank}] error: {error}" if rank else f"error: {error}", file=sys.stderr)
     elif rank in (None, "0"):  # every rank found the same

@@ -11,6 +11,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 
 from conf import entry
+from conf.errors import ConfigError, Problem
 from conf.registry import OPTIONS
 from train.__main__ import main
 from train.config import RunConfig
@@ -103,3 +104,13 @@ def test_the_composed_configuration_can_be_shown_for_every_stage(run, stage):
     result = run(f"stage={stage}", "--cfg", "job")
     assert result.returncode == 0, result.stderr
     assert "run_dir:" in result.stdout
+
+
+@pytest.mark.parametrize(("variables", "told"), [({}, 1), ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, 0)])
+def test_what_every_rank_finds_in_the_configuration_is_told_by_the_first(monkeypatch, capsys, variables, told):
+    for name in ("RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert entry.tell(ConfigError([Problem("stage.steps", 0, "at least 1")])) == 1
+    assert capsys.readouterr().err.count("stage.steps=0") == told

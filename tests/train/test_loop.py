@@ -20,7 +20,7 @@ from train.progress import Progress
 from train.rundir import recipe, together
 from train.signals import StopSignals
 from train.stages.training import Training
-from train.throughput import Clock, exposed_communication, measured_flops
+from train.throughput import Clock, exposed_communication, measured_flops, peak_flops
 
 STEPS = 6
 
@@ -260,6 +260,14 @@ def test_on_a_gpu_the_profiled_step_records_kernels(monkeypatch):
     with Clock(torch.device("cuda"), 3).step(3):
         pass
     assert asked == {"use_device": "cuda", "use_kineto": True}  # without Kineto torch records the host's side alone
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"), [("L4", 121), ("L40", 181), ("L40S", 362), ("H100 PCIe", 756), ("H200", 989)]
+)
+def test_the_peak_of_a_gpu_is_that_of_its_own_data_sheet(monkeypatch, name, tera):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA {name}")
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == tera * 1e12
 
 
 def test_the_measured_peak_is_not_below_a_plain_product():

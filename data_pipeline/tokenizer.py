@@ -81,7 +81,7 @@ class Tokenizer:
         """Read tokenizer.json, tokenizer_config.json and chat_template.jinja: ours, or those of any Hugging Face model.
 
         Raises:
-            TokenizerError: no tokenizer.json there, or it cannot be read.
+            TokenizerError: no tokenizer.json there, or it or its configuration cannot be read.
         """
         from tokenizers import Tokenizer as Backend
 
@@ -101,7 +101,12 @@ class Tokenizer:
         config: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (directory / name).exists():
-                config |= json.loads((directory / name).read_text(encoding="utf-8"))
+                try:
+                    config |= json.loads((directory / name).read_text(encoding="utf-8"))
+                except ValueError as error:  # not JSON, or not UTF-8
+                    raise TokenizerError(
+                        f"{directory / name} cannot be read ({error}); copy it again from where it came."
+                    ) from error
         template = config.pop("chat_template", None)
         if isinstance(template, list):  # several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")

@@ -21,6 +21,8 @@ from conf.registry import register
 from launchers.base import DONE, STOPPED_EARLY, Ended, Output
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+LAST_WORDS_S = 2.0
+"""How long the output of ended ranks is waited for: a process they left behind may hold the pipe for ever."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -48,7 +50,8 @@ class Local:
     def start(self, command: Sequence[str], processes: int, output: Output) -> "LocalProcesses":
         threads = self.threads or max(1, len(os.sched_getaffinity(0)) // processes)
         port = _free_port()
-        ranks = []
+        ranks: list[subprocess.Popen[str]] = []
+        readers: list[threading.Thread] = []
         for rank in range(processes):
             environment = dict(os.environ, PYTHONUNBUFFERED="1")
             environment.setdefault("OMP_NUM_THREADS", str(threads))
@@ -62,8 +65,9 @@ class Local:
                     "MASTER_PORT": str(port),
                 }
             ranks.append(_start([sys.executable, "-m", *command], environment))
-            threading.Thread(target=_forward, args=(ranks[-1], rank, output), daemon=True).start()
-        return LocalProcesses(ranks, self.grace_s)
+            readers.append(threading.Thread(target=_forward, args=(ranks[-1], rank, output), daemon=True))
+            readers[-1].start()
+        return LocalProcesses(ranks, readers, self.grace_s)
 
 
 @dataclass
@@ -71,8 +75,10 @@ class LocalProcesses:
     """The ranks of one stage."""
 
     ranks: list[subprocess.Popen[str]]
+    readers: list[threading.Thread]
     grace_s: float
     first_end_s: float | None = None
+    last_end_s: float | None = None
     failed: list[int] = field(default_factory=list)
 
     def poll(self) -> Ended | None:
@@ -89,6 +95,10 @@ class LocalProcesses:
                 self.failed += [rank for rank, code in enumerate(codes) if code is None and rank not in self.failed]
                 self.kill()
             return None
+        if self.last_end_s is None:
+            self.last_end_s = time.monotonic()
+        if any(reader.is_alive() for reader in self.readers) and time.monotonic() - self.last_end_s < LAST_WORDS_S:
+            return None  # what it said last, often why it failed, is still in the pipe
         if self.failed:
             self.kill()  # what the ranks themselves started
             return _failure(self.failed[0], codes[self.failed[0]] or 0, len(codes))

@@ -47,6 +47,13 @@ def test_every_other_tokenizer_has_another_fingerprint():
     assert tiny_tokenizer().fingerprint == TOKENIZER.fingerprint
 
 
+def test_a_damaged_configuration_is_refused_by_name(tmp_path):
+    tiny_tokenizer().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{broken")
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json cannot be read"):
+        Tokenizer.load(tmp_path)
+
+
 def test_bad_directories_and_vocabularies_are_refused(tmp_path):
     with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
         Tokenizer.load(tmp_path)

@@ -56,6 +56,19 @@ def test_ranks_get_the_variables_of_torchrun_and_share_out_the_cores(ranks):
     assert sorted(lines) == [(0, f"0 0 2 2 127.0.0.1 {threads}"), (1, f"1 1 2 2 127.0.0.1 {threads}")]
 
 
+def test_the_last_words_of_a_rank_are_told_before_its_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "a_rank.py").write_text("import sys; print('working'); sys.exit('why it failed')")
+    told = []
+
+    def slowly(rank: int, line: str) -> None:
+        time.sleep(0.2)
+        told.append(line)
+
+    assert ended(Local().start(["a_rank"], 1, slowly)).code == 1
+    assert told == ["working", "why it failed"]
+
+
 def test_one_process_is_not_distributed(ranks):
     running, lines = ranks("", processes=1)
     assert ended(running) == Ended(0)

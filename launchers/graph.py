@@ -108,14 +108,6 @@ class LifecycleConfig:
             graph.done(order[-1])
         return order
 
-    def dependants(self, name: str) -> list[str]:
-        """The stages that come after `name`, directly or not."""
-        found = {name}
-        for other in self.order():
-            if found & set(self.stages[other].inputs()):
-                found.add(other)
-        return [other for other in self.order() if other in found - {name}]
-
     def problems(self) -> list[Problem]:
         found = []
         if not self.stages:

@@ -1,4 +1,4 @@
-"""The graph: order, dependants, every problem at once, values that survive the command line."""
+"""The graph: order, every problem at once, values that survive the command line."""
 
 from dataclasses import fields, replace
 from graphlib import CycleError

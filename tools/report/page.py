@@ -5,7 +5,6 @@ from typing import Any
 
 from launchers.display import duration
 from tools.report import evaluation, graph, sections
-from tools.report.charts import compact
 from tools.report.read import Life
 
 HERE = Path(__file__).parent
@@ -16,7 +15,7 @@ def render(life: Life, title: str) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"number": number, "size": size, "share": share, "time": duration, "compact": compact}
+    environment.filters |= {"number": number, "size": size, "share": share, "time": duration}
     return environment.get_template("page.html.jinja").render(
         title=title,
         style=(HERE / "page.css").read_text(),

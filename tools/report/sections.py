@@ -133,12 +133,6 @@ class Corpus:
     def tokens(self) -> int:
         return sum(split.get("tokens", 0) for split in self.splits.values())
 
-    @property
-    def reasons(self) -> list[tuple[str, str, int]]:
-        """(step, reason, documents) of what was dropped, most first."""
-        rows = [(s["name"], reason, n) for s in self.steps for reason, n in s.get("dropped", {}).items() if n]
-        return sorted(rows, key=lambda row: -row[2])
-
 
 def corpora(life: Life) -> list[Corpus]:
     return [

@@ -143,7 +143,7 @@ def _flex_eager() -> Callable[..., Any]:
 
 @functools.cache
 def _flex_compiled() -> Callable[..., Any]:
-    return torch.compile(_flex_eager(), dynamic=False)
+    return torch.compile(_flex_eager())  # lengths that vary (DPO) become dynamic instead of falling back
 
 
 def _flash() -> Callable[..., Tensor]:

@@ -337,6 +337,7 @@ def _config_json(config: DecoderConfig, weights: Mapping[str, Tensor], tokenizer
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
         "rope_parameters": rope,
+        "rope_theta": config.rope.theta,  # where readers before transformers 5 look
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,

@@ -94,12 +94,14 @@ def test_no_wide_fp32_tensor_exists(small_chunks, dtype):
     assert seen.elements <= max(400 * 16, 53 * 16)  # that of the hidden states; B x L x V has 21,200
 
 
-def test_rows_without_a_label_are_not_computed():
-    hidden_BLN, head_VN, labels_BL = problem(rows=100, dtype=torch.bfloat16)
-    labels_BL[:, 10:] = -100
+@pytest.mark.parametrize("labelled", [130, 200])
+def test_rows_without_a_label_are_not_computed_but_to_round_up(labelled):
+    """Different numbers of labels meet the same kernels."""
+    hidden_BLN, head_VN, labels_BL = problem(rows=1000, dtype=torch.bfloat16)
+    labels_BL[:, labelled:] = -100
     with Largest(53) as seen:
         logprobs(hidden_BLN, head_VN, labels_BL).sum().backward()
-    assert seen.rows == [10]
+    assert seen.rows == [256]
 
 
 def test_nothing_is_kept_without_gradients():

@@ -24,6 +24,8 @@ from torch import Tensor
 IGNORED = -100
 KEPT_BYTES = 2 * 1024**3
 """Most bytes of 16-bit residuals kept from the forward to the backward pass, per call."""
+ROUND_ROWS_TO = 128
+"""Labelled rows are computed in multiples of this many."""
 
 
 def logprobs(hidden_BLN: Tensor, head_VN: Tensor, labels_BL: Tensor) -> Tensor:
@@ -42,8 +44,12 @@ def logprobs(hidden_BLN: Tensor, head_VN: Tensor, labels_BL: Tensor) -> Tensor:
     ignored_T = labels_T == IGNORED
     if _host_may_look(labels_T) and bool(ignored_T.any()):
         rows_T = (~ignored_T).nonzero().flatten()
-        found_T = _LabelLogprobs.apply(hidden_TN[rows_T], head_VN, labels_T[rows_T], keep)
-        logprobs_T = found_T.new_zeros(labels_T.shape).index_put((rows_T,), found_T)
+        labelled = rows_T.shape[0]
+        # A CPU's matrix kernels are built and cached by shape: a count that differs with every batch would build new
+        # ones all along. A few unlabelled rows round it up; nothing reads what they answer.
+        rows_T = torch.cat([rows_T, ignored_T.nonzero().flatten()[: -labelled % ROUND_ROWS_TO]])
+        found_T = _LabelLogprobs.apply(hidden_TN[rows_T], head_VN, labels_T[rows_T].clamp(min=0), keep)
+        logprobs_T = found_T.new_zeros(labels_T.shape).index_put((rows_T[:labelled],), found_T[:labelled])
     else:
         found_T = _LabelLogprobs.apply(hidden_TN, head_VN, labels_T.clamp(min=0), keep)
         logprobs_T = found_T.masked_fill(ignored_T, 0.0)

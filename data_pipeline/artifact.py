@@ -86,21 +86,26 @@ class Artifact:
             raise ArtifactError(f"{path} holds a {artifact.kind!r}, but a {kind!r} was expected here.")
         return artifact
 
+    def damage(self, contents: bool) -> list[str]:
+        """Recorded files that are missing or of another size and, where `contents` are read, another checksum."""
+        bad = []
+        for name, record in self.files.items():
+            file = self.path / name
+            if not file.is_file():
+                bad.append(f"{name}: missing")
+            elif file.stat().st_size != record["bytes"]:
+                bad.append(f"{name}: {file.stat().st_size} bytes instead of {record['bytes']}")
+            elif contents and sha256_of(file) != record["sha256"]:
+                bad.append(f"{name}: checksum differs")
+        return bad
+
     def verify(self) -> None:
         """Compare every recorded file with its size and checksum.
 
         Raises:
             ArtifactError: names each file that is missing or differs.
         """
-        bad = []
-        for name, record in self.files.items():
-            file = self.path / name
-            if not file.exists():
-                bad.append(f"{name}: missing")
-            elif file.stat().st_size != record["bytes"]:
-                bad.append(f"{name}: {file.stat().st_size} bytes, {record['bytes']} expected")
-            elif sha256_of(file) != record["sha256"]:
-                bad.append(f"{name}: checksum differs")
+        bad = self.damage(contents=True)
         if bad:
             raise ArtifactError(f"{self.path} is not what its manifest says:\n  " + "\n  ".join(bad) + "\nRebuild it.")
 

@@ -86,7 +86,7 @@ class Life:
         except ArtifactError:
             return None
         record = self.book["done"].get(name)
-        same = record == self._record(name, artifact) and not damage(artifact)
+        same = record == self._record(name, artifact) and not artifact.damage(contents=False)
         return artifact if same else None
 
     def _record(self, name: str, artifact: Artifact) -> dict[str, Any]:
@@ -202,7 +202,7 @@ class Life:
         try:
             artifact = Artifact.read(directory)
             before = (artifact.id, (directory / MANIFEST).stat().st_mtime_ns)
-            if bad := damage(artifact):
+            if bad := artifact.damage(contents=False):
                 self._move_aside(name, f"is damaged ({', '.join(bad)})")
                 before = None
         except ArtifactError:
@@ -324,18 +324,6 @@ class Life:
         finally:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
-
-
-def damage(artifact: Artifact) -> list[str]:
-    """Recorded files that are missing or of another size. Contents are not read: a stage checks what it loads."""
-    bad = []
-    for name, record in artifact.files.items():
-        file = artifact.path / name
-        if not file.is_file():
-            bad.append(f"{name} is missing")
-        elif file.stat().st_size != record["bytes"]:
-            bad.append(f"{name} has {file.stat().st_size} bytes instead of {record['bytes']}")
-    return bad
 
 
 def listing(path: Path) -> str:

@@ -16,7 +16,6 @@ from conf import entry
 from conf.registry import register
 from data_pipeline.artifact import Artifact, ArtifactError
 from launchers.display import duration, headline
-from launchers.lifecycle import damage
 
 WHOLE, BROKEN = 0, 1
 
@@ -76,22 +75,12 @@ def _trace(path: Path, expected: str | None, verify: bool, seen: dict[Path, Node
             node = Node(path, None, [str(error)])
         seen[place] = node
         if node.artifact:
-            node.faults += _file_faults(node.artifact, verify)
+            node.faults += node.artifact.damage(contents=verify)
             for name, link in node.artifact.inputs.items():
                 node.inputs[name] = _trace(path / link["path"], link["id"], verify, seen)
     if node.artifact and expected not in (None, node.artifact.id):
         node.faults.append(f"made anew since: {expected} was used, {node.artifact.id} is there now")
     return node
-
-
-def _file_faults(artifact: Artifact, verify: bool) -> list[str]:
-    faults = damage(artifact)
-    if verify and not faults:
-        try:
-            artifact.verify()
-        except ArtifactError as error:
-            faults.append(str(error))
-    return faults
 
 
 def show(node: Node, verify: bool) -> None:

@@ -109,7 +109,7 @@ def test_a_damaged_artifact_is_made_anew(live):
     live(chain())
     (live.root / "b" / "out.txt").write_text("cut short by a full disk")
     code, states, shown = live(chain())
-    assert code == 0 and states["b"] == "done" and "out.txt has 24 bytes instead of 1" in shown
+    assert code == 0 and states["b"] == "done" and "out.txt: 24 bytes instead of 1" in shown
     assert states["d"] == "skipped", "the same bytes came out, so what depends on them stands"
 
 

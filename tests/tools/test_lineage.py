@@ -54,7 +54,7 @@ def test_a_missing_file_and_a_missing_input_are_named(line, capsys):
     (line / "corpus" / MANIFEST).unlink()
     assert main(LineageConfig(str(line / "export")), {}) == 1
     shown = capsys.readouterr().out
-    assert "out.txt is missing" in shown and "is not a finished artifact" in shown
+    assert "out.txt: missing" in shown and "is not a finished artifact" in shown
 
 
 def test_a_directory_without_a_manifest_is_refused_with_a_message(tmp_path):

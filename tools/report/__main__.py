@@ -12,7 +12,6 @@ from conf import entry
 from conf.errors import LongrunError
 from conf.registry import register
 from data_pipeline.artifact import MANIFEST, Draft, finished, locked, withdraw, write_atomically
-from launchers.lifecycle import damage
 from tools.report.page import render
 from tools.report.read import KIND, Life, read
 
@@ -47,7 +46,7 @@ def main(config: ReportConfig, resolved: dict[str, Any]) -> int:
     inputs = {stage.name: stage.artifact for stage in life if stage.artifact}
     recipe = {"title": config.title, "missing": _missing(life), "page": _code()}
     with locked(directory):
-        if (made := finished(directory, KIND, recipe, inputs)) and not damage(made):
+        if (made := finished(directory, KIND, recipe, inputs)) and not made.damage(contents=False):
             _link(root, directory)
             print(f"{directory / PAGE} shows these artifacts already")
             return 0

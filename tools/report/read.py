@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from data_pipeline.artifact import MANIFEST, Artifact, ArtifactError
-from launchers.lifecycle import BOOK, damage
+from launchers.lifecycle import BOOK
 from train.metrics.jsonl import FILE as METRICS
 from train.metrics.jsonl import read as read_metrics
 
@@ -115,7 +115,7 @@ def _stage(root: Path, name: str, known: Mapping[str, Any]) -> StageView:
     view = StageView(name, directory, command=known.get("command", ""), processes=known.get("processes", 1))
     try:
         view.artifact = Artifact.read(directory)
-        view.note = "; ".join(damage(view.artifact))
+        view.note = "; ".join(view.artifact.damage(contents=False))
     except ArtifactError as error:
         if (directory / MANIFEST).exists():
             view.note = str(error)

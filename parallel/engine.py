@@ -57,6 +57,32 @@ class StepResult:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a run is computed, whichever engine does it and wherever its tensors are.
+
+    Args:
+        precision: "auto", "bf16", "fp32" or "fp8": of forward and backward; masters, moments and sums are fp32 always.
+        compile: compile each block.
+        clip: largest global gradient norm; 0 does not clip.
+        ema: decay per step of the average of the weights; 0 keeps none.
+        deterministic: allow deterministic kernels only.
+        seed: keys dropout, together with step and sample.
+        skip_spikes: leave out a step whose loss or gradient norm is so many standard deviations above the mean of the
+            last `spike_window` steps; 0 leaves out only those that are not finite.
+        spike_window: steps.
+    """
+
+    precision: str = "auto"
+    compile: bool = False
+    clip: float = 1.0
+    ema: float = 0.0
+    deterministic: bool = False
+    seed: int = 0
+    skip_spikes: float = 0.0
+    spike_window: int = 128
+
+
 class Engine(Protocol):
     """Owns the model and the optimizer; every rank calls every method together."""
 

@@ -35,6 +35,12 @@ class Layout:
         schedule: pipeline schedule.
         virtual_stages: model chunks per pipeline rank.
         micro_batches: micro-batches per data-parallel rank and step (gradient accumulation).
+        recompute: activations that are computed again in the backward pass instead of being kept: "none", "full" (all
+            but each block's input), "selective" (all but the results of matrix products and attention), or a share in
+            (0, 1) of the blocks, which are then recomputed fully.
+        offload: what waits in host memory between its uses: "none", "optimizer" or "parameters" (with the optimizer).
+        ring: context-parallel ranks pass keys and values around instead of gathering them.
+        async_tp: overlap tensor-parallel collectives with matrix products (CUDA, with stage.compile).
     """
 
     pp: int = 1
@@ -47,6 +53,10 @@ class Layout:
     schedule: str = "1f1b"
     virtual_stages: int = 1
     micro_batches: int = 1
+    recompute: str = "none"
+    offload: str = "none"
+    ring: bool = False
+    async_tp: bool = False
 
     @property
     def world_size(self) -> int:

@@ -24,6 +24,7 @@ from conf.errors import Problem
 from conf.registry import register
 from data_pipeline.batch import IGNORED, MicroBatch
 from parallel import distributed
+from parallel.engine import Settings
 from parallel.engines.native import Native, NativeEngine
 from parallel.layout import Layout
 from tools.ranks import run_ranks
@@ -270,9 +271,7 @@ def build(layout: Layout, training: Training, world: distributed.World, seed: in
         layout,
         training.optim.build,
         world=world,
-        precision=training.precision,
-        clip=training.clip,
-        ema=training.ema,
+        settings=Settings(precision=training.precision, clip=training.clip, ema=training.ema),
         initialise=lambda placed: initialise(placed, seed),  # type: ignore[arg-type]
     )
 

@@ -89,12 +89,7 @@ class Session:
             config.parallel,
             config.optim.build,
             world=world,
-            precision=stage.precision,
-            compile=stage.compile,
-            clip=stage.clip,
-            ema=stage.ema,
-            deterministic=stage.deterministic,
-            seed=config.seed,
+            settings=stage.settings(config.seed),
             initialise=partial(start.fill, seed=config.seed),
         )
         # Some objectives keep what the initial weights say; a new run must not find that of an abandoned one.

@@ -21,9 +21,9 @@ from conf.errors import LongrunError
 from conf.registry import register
 from parallel.distributed import World
 from parallel.ema import Average
-from parallel.engine import LossTerms, Outputs, StepResult
+from parallel.engine import LossTerms, Outputs, Settings, StepResult
 from parallel.layout import Layout
-from parallel.mesh import data_mesh
+from parallel.mesh import Mesh
 from parallel.precision import compute_dtype
 from parallel.random import dropout_keys
 from parallel.reduce import Sums, means, squared_norm
@@ -53,12 +53,7 @@ class Native:
         optimizer: Callable[[nn.Module], Optimizer],
         *,
         world: World,
-        precision: str = "auto",
-        compile: bool = False,
-        clip: float = 1.0,
-        ema: float = 0.0,
-        deterministic: bool = False,
-        seed: int = 0,
+        settings: Settings = Settings(),
         initialise: Callable[[nn.Module], None] | None = None,
     ) -> "NativeEngine":
         """Place the model on the ranks and make its optimizer.
@@ -70,18 +65,13 @@ class Native:
             optimizer: given the placed model, makes its optimizer, which follows torch's protocol for gradients that
                 are scaled by the step (attributes `grad_scale` and `found_inf`), as AdamW(fused=True) does.
             world: from `parallel.distributed.start()`.
-            precision: "auto", "bf16" or "fp32": dtype of forward and backward.
-            compile: compile each block.
-            clip: largest global gradient norm; 0 does not clip.
-            ema: decay per step of the average of the weights; 0 keeps none.
-            deterministic: allow deterministic kernels only.
-            seed: keys dropout, together with step and sample.
+            settings: precision, clipping, averages and so on.
             initialise: fills the parameters of a model that was built on the meta device.
 
         Raises:
             EngineError: the optimizer does not follow the protocol, or a model on the meta device has no `initialise`.
         """
-        if deterministic:
+        if settings.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         blocks = getattr(model, "blocks", None)
@@ -92,18 +82,18 @@ class Native:
             raise EngineError("the model is on the meta device: pass initialise=, which fills its parameters.")
         if not on_meta:
             model.to(world.device)
-        if compile:
+        if settings.compile:
             for block in blocks:
                 block.compile()
-        compute = compute_dtype(precision, world.device)
+        compute = compute_dtype(settings.precision, world.device)
         placed: Sharded | Whole | None = None
         if layout.dp > 1:
-            placed = Sharded(model, blocks, data_mesh(layout, world.device), layout.zero, compute)
+            placed = Sharded(model, blocks, Mesh(layout, world.device).data, layout.zero, compute)
         if on_meta and initialise is not None:
             model.to_empty(device=world.device)
             initialise(model)
         made = optimizer(model)  # before Whole, whose copies are nothing to optimise
-        return NativeEngine(placed or Whole(model, compute), layout, made, world, clip, ema, self.ema_debias, seed)
+        return NativeEngine(placed or Whole(model, compute), layout, made, world, settings, self.ema_debias)
 
 
 class NativeEngine:
@@ -120,10 +110,8 @@ class NativeEngine:
         layout: Layout,
         optimizer: Optimizer,
         world: World,
-        clip: float,
-        ema: float,
+        settings: Settings,
         ema_debias: bool,
-        seed: int,
     ):
         if not getattr(optimizer, "_step_supports_amp_scaling", False):
             raise EngineError(
@@ -135,8 +123,7 @@ class NativeEngine:
         self.model = placed.model
         self.placed = placed
         self.optimizer = optimizer
-        self.clip = clip
-        self.seed = seed
+        self.settings = settings
         self.replicas = layout.dp if layout.zero == 0 else layout.dp_replicate
         self.rank = world.rank
         self.parameters = placed.parameters
@@ -144,7 +131,7 @@ class NativeEngine:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         self._make_moments()
-        self.ema = Average(self.parameters, ema, ema_debias) if ema else None
+        self.ema = Average(self.parameters, settings.ema, ema_debias) if settings.ema else None
 
     def _make_moments(self) -> None:
         """A first, skipped update: moments exist from here on, and everything is as it was."""
@@ -168,7 +155,7 @@ class NativeEngine:
         loss, metrics = means(totals)
         norm = (totals["squares"].sqrt() / totals["weight"]).float()
         skipped = 1 - (loss.isfinite() & norm.isfinite()).float()
-        share = (self.clip / (norm + 1e-6)).clamp(max=1) if self.clip else torch.ones_like(norm)
+        share = (self.settings.clip / (norm + 1e-6)).clamp(max=1) if self.settings.clip else torch.ones_like(norm)
         self._update(scale=totals["weight"].float() / share, skipped=skipped, factor=learning_rate_factor)
         if self.ema:
             self.ema.update(skipped)
@@ -187,7 +174,7 @@ class NativeEngine:
 
     def _terms(self, micro_batch: Any, objective: Any, training: bool) -> LossTerms:
         micro_batch = micro_batch.to(self.device)
-        keys_B = dropout_keys(self.seed, int(self.steps), micro_batch.samples_B) if training else None
+        keys_B = dropout_keys(self.settings.seed, int(self.steps), micro_batch.samples_B) if training else None
         logprobs_BL = self.model(
             micro_batch.tokens_BL,
             micro_batch.positions_BL,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel import distributed
-from parallel.engine import LossTerms, Outputs
+from parallel.engine import LossTerms, Outputs, Settings
 from parallel.engines.native import EngineError, Native, NativeEngine
 from parallel.layout import Layout
 from parallel.precision import PrecisionError, compute_dtype, has_native_bf16
@@ -189,7 +189,9 @@ def test_no_clipping_leaves_large_gradients(world: distributed.World) -> None:
 def bits(layout: Layout) -> list[Any]:
     torch.manual_seed(distributed.place().rank)
     engine = Native().build(
-        *(_initialised(), layout, ADAMW.build), world=distributed.start(), precision="auto", ema=0.9, deterministic=True
+        *(_initialised(), layout, ADAMW.build),
+        world=distributed.start(),
+        settings=Settings(ema=0.9, deterministic=True),
     )
     trajectory = train(engine, layout, SMALL, range(3))
     return [trajectory.losses, {name: w.double().sum().item() for name, w in trajectory.weights.items()}]
@@ -210,7 +212,7 @@ def test_a_compiled_block_is_asked_for_by_the_switch(world: distributed.World, m
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
     model = _initialised()
-    Native().build(model, Layout(), ADAMW.build, world=world, compile=True)
+    Native().build(model, Layout(), ADAMW.build, world=world, settings=Settings(compile=True))
     assert compiled == list(model.blocks)
 
 
@@ -218,7 +220,8 @@ def compiled_losses(layout: Layout) -> tuple[list[float], list[float]]:
     world = distributed.start()
     losses = []
     for compile in (False, True):
-        engine = Native().build(_initialised(), layout, ADAMW.build, world=world, precision="fp32", compile=compile)
+        settings = Settings(precision="fp32", compile=compile)
+        engine = Native().build(_initialised(), layout, ADAMW.build, world=world, settings=settings)
         losses.append(train(engine, layout, SMALL, range(2)).losses)
     return losses[0], losses[1]
 

@@ -227,7 +227,7 @@ def test_every_layer_drops_other_features():
     model = built(replace(CONFIG, dropout=0.5))
     masks = []
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda _, arguments: masks.append(arguments[3]))
+        block.register_forward_pre_hook(lambda _, arguments: masks.append(arguments[2]))
     tokens_BL = tokens(2, 6)
     model(tokens_BL, torch.arange(6).expand(2, 6), torch.zeros_like(tokens_BL), dropout_keys_B=torch.tensor([1, 2]))
     assert len({int(key) for keys_B in masks for key in keys_B}) == 4

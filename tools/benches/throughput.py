@@ -20,6 +20,7 @@ from conf.errors import LongrunError
 from conf.registry import register
 from data_pipeline.batch import IGNORED, MicroBatch
 from parallel import distributed
+from parallel.engine import Settings
 from parallel.engines.native import Native, NativeEngine
 from parallel.layout import Layout
 from train.models.hf import architecture
@@ -121,7 +122,11 @@ class Throughput:
         initialise(model, seed=0)
         optimizer = AdamW(lr=self.learning_rate, weight_decay=0.0)
         return Native().build(
-            model, Layout(), optimizer.build, world=distributed.start(), precision=self.precision, compile=compile
+            model,
+            Layout(),
+            optimizer.build,
+            world=distributed.start(),
+            settings=Settings(precision=self.precision, compile=compile),
         )
 
     def _race(self, contenders: dict[str, NativeEngine], courses: dict[str, Course], ceilings: list[float]) -> None:

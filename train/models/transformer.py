@@ -7,9 +7,11 @@ Shape suffixes: B sequences, L tokens, N model width, F feed-forward width, H qu
 D features of a head, V vocabulary.
 """
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from conf.errors import Problem
 from conf.registry import register
+from parallel.plan import Plan
 from train.models.attention import BACKENDS, Visibility, attention, visibility
 from train.models.cache import Cache, LayerCache
 from train.models.dropout import dropout, keys_of_layers
@@ -112,7 +115,33 @@ class DecoderConfig:
         return 6.0 * matrices + 6.0 * self.layers * sequence_length * attention_width
 
 
+@dataclass(frozen=True)
+class Context:
+    """What every block of a forward pass is told beside its input. The residual stream may be a slice of the sequence
+    (`index_L`), what is inside attention and feed-forward is not.
+
+    Args:
+        rotation: cos_BL1E and sin_BL1E of the positions.
+        visible: what each token sees.
+        documents_BL: document of each token; padding is -1.
+        index_L: place in the sequence of each token of the residual stream: keys its dropout.
+        sequence_weights_B: share of the step's weight that each sequence stands for; None outside of training.
+    """
+
+    rotation: tuple[Tensor, Tensor]
+    visible: Visibility
+    documents_BL: Tensor
+    index_L: Tensor
+    sequence_weights_B: Tensor | None = None
+
+
 class Attention(nn.Module):
+    """Attributes:
+    attend: the kernel; context parallelism puts its own here.
+    """
+
+    attend: Callable[[Tensor, Tensor, Tensor, Visibility], Tensor]
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.head_dim = config.head_dim
@@ -123,18 +152,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden, bias=config.output_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.attend = attention
 
-    def forward(
-        self, x_BLN: Tensor, rotation: tuple[Tensor, Tensor], visible: Visibility, cache: LayerCache | None
-    ) -> Tensor:
+    def forward(self, x_BLN: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
         q_BLHD = self.q_proj(x_BLN).unflatten(-1, (-1, self.head_dim))
         k_BLKD = self.k_proj(x_BLN).unflatten(-1, (-1, self.head_dim))
         v_BLKD = self.v_proj(x_BLN).unflatten(-1, (-1, self.head_dim))
-        q_BLHD = rotate(self.q_norm(q_BLHD), *rotation)
-        k_BLKD = rotate(self.k_norm(k_BLKD), *rotation)
+        q_BLHD = rotate(self.q_norm(q_BLHD), *context.rotation)
+        k_BLKD = rotate(self.k_norm(k_BLKD), *context.rotation)
         if cache is not None:
             k_BLKD, v_BLKD = cache.extend(k_BLKD, v_BLKD)
-        return self.o_proj(attention(q_BLHD, k_BLKD, v_BLKD, visible).flatten(2))
+        return self.o_proj(self.attend(q_BLHD, k_BLKD, v_BLKD, context.visible).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -146,7 +174,7 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(config.hidden, config.intermediate, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate, config.hidden, bias=config.mlp_bias)
 
-    def forward(self, x_BLN: Tensor) -> Tensor:
+    def forward(self, x_BLN: Tensor, context: Context) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_BLN)) * self.up_proj(x_BLN))
 
 
@@ -164,14 +192,13 @@ class Block(nn.Module):
     def forward(
         self,
         x_BLN: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        visible: Visibility,
+        context: Context,
         dropout_keys_B: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        attended_BLN = self.self_attn(self.input_layernorm(x_BLN), rotation, visible, cache)
+        attended_BLN = self.self_attn(self.input_layernorm(x_BLN), context, cache)
         x_BLN = x_BLN + dropout(attended_BLN, self.dropout, dropout_keys_B, site=0)
-        fed_BLN = self.mlp(self.post_attention_layernorm(x_BLN))
+        fed_BLN = self.mlp(self.post_attention_layernorm(x_BLN), context)
         return x_BLN + dropout(fed_BLN, self.dropout, dropout_keys_B, site=1)
 
 
@@ -191,7 +218,14 @@ class Decoder(nn.Module):
     Args:
         config: the shape.
         vocabulary: number of token ids.
+
+    Attributes:
+        reads_tokens: it embeds tokens; else it is given the hidden states of the part before it.
+        answers: it ends in log-probabilities; else in hidden states.
+        slice_sequence: of the places in a sequence, those that the residual stream holds here.
     """
+
+    slice_sequence: Callable[[Tensor], Tensor]
 
     def __init__(self, config: DecoderConfig, vocabulary: int):
         super().__init__()
@@ -200,11 +234,47 @@ class Decoder(nn.Module):
         self.model = Backbone(config, vocabulary)
         if not config.tied:  # a tied head is the embedding itself: one parameter, one name
             self.lm_head = nn.Linear(config.hidden, vocabulary, bias=False)
+        self.reads_tokens = self.answers = True
+        self.slice_sequence = _all
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The units that are sharded, compiled or recomputed one by one."""
+        """The units that are sharded, compiled or recomputed one by one; None for a layer of another part."""
         return self.model.layers
+
+    @property
+    def plan(self) -> Plan:
+        """How tensor- and expert-parallel ranks share it."""
+        return Plan(
+            regions=("model.layers.*.self_attn", "model.layers.*.mlp"),
+            column=("*.q_proj", "*.k_proj", "*.v_proj", "*.gate_proj", "*.up_proj"),
+            grouped=("*.k_proj", "*.v_proj"),
+            groups=self.config.kv_heads,
+            row=("*.o_proj", "*.down_proj"),
+            vocabulary=("model.embed_tokens", "lm_head"),
+            gathered=("model.norm",),
+        )
+
+    def part(self, layers: range, *, reads_tokens: bool, answers: bool) -> "Decoder":
+        """A pipeline's part of this model: copies of some of its modules, under their names.
+
+        Args:
+            layers: those it has.
+            reads_tokens: it is the first part.
+            answers: it is the last part. A tied embedding is in the first and in the last.
+        """
+        part = copy.deepcopy(self)
+        part.reads_tokens, part.answers = reads_tokens, answers
+        absent: list[tuple[nn.Module, str]] = [
+            (part.model.layers, str(layer)) for layer in range(self.config.layers) if layer not in layers
+        ]
+        if not reads_tokens and not (answers and self.config.tied):
+            absent.append((part.model, "embed_tokens"))
+        if not answers:
+            absent += [(part.model, "norm")] + ([] if self.config.tied else [(part, "lm_head")])
+        for owner, name in absent:
+            setattr(owner, name, None)
+        return part
 
     @property
     def head(self) -> Tensor:
@@ -213,56 +283,75 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        tokens_BL: Tensor,
+        inputs: Tensor,
         positions_BL: Tensor,
         documents_BL: Tensor,
         labels_BL: Tensor | None = None,
-        *,
-        causal: bool = True,
-        dropout_keys_B: Tensor | None = None,
-        cache: Cache | None = None,
+        **context: Any,
     ) -> Tensor:
-        """Log-probabilities of labels, or logits.
+        """Log-probabilities of labels, or logits; hidden states where this part does not answer.
 
         Args:
-            tokens_BL: token ids, int64.
+            inputs: token ids tokens_BL, int64; or the hidden states of the part before, where it does not read tokens.
             positions_BL: position of each token in its document, int64.
             documents_BL: document of each token, int64; tokens see only their own document. Padding is -1.
             labels_BL: what each position predicts, int64; -100 where nothing is asked.
-            causal: hide later tokens.
-            dropout_keys_B: int64 key per sequence, a hash of (seed, step, sample); None drops nothing.
-            cache: keys and values of the tokens before these; these are added to it.
+            context: further arguments of `hidden`.
 
         Returns:
-            logprobs_BL in nats, fp32, 0 where the label is -100; or logits_BLV where no labels are given.
+            logprobs_BL in nats, fp32, 0 where the label is -100; or logits_BLV without labels; or hidden_BLN.
         """
-        hidden_BLN = self.hidden(
-            tokens_BL, positions_BL, documents_BL, causal=causal, dropout_keys_B=dropout_keys_B, cache=cache
-        )
+        hidden_BLN = self.hidden(inputs, positions_BL, documents_BL, **context)
+        if not self.answers:
+            return hidden_BLN
         if labels_BL is None:
             return F.linear(hidden_BLN, self.head)
         return logprobs(hidden_BLN, self.head, labels_BL)
 
     def hidden(
         self,
-        tokens_BL: Tensor,
+        inputs: Tensor,
         positions_BL: Tensor,
         documents_BL: Tensor,
         *,
         causal: bool = True,
         dropout_keys_B: Tensor | None = None,
         cache: Cache | None = None,
+        index_L: Tensor | None = None,
+        key_documents_BS: Tensor | None = None,
+        sequence_weights_B: Tensor | None = None,
     ) -> Tensor:
-        """hidden_BLN: what the head multiplies; arguments as in `forward`."""
+        """hidden_BLN: what the head multiplies, or the next part reads.
+
+        Args:
+            inputs, positions_BL, documents_BL: as in `forward`.
+            causal: hide later tokens.
+            dropout_keys_B: int64 key per sequence, a hash of (seed, step, sample); None drops nothing.
+            cache: keys and values of the tokens before these; these are added to it.
+            index_L: place of each token in its sequence, where only some of the sequence's tokens are given.
+            key_documents_BS: documents of the whole sequence then.
+            sequence_weights_B: share of the step's weight that each sequence stands for: scales what blocks add to the
+                loss.
+        """
         config = self.config
-        seen_BS = None if cache is None else cache.see(documents_BL)
+        seen_BS = key_documents_BS if cache is None else cache.see(documents_BL)
         visible = visibility(documents_BL, causal=causal, backend=config.attention, key_documents_BS=seen_BS)
         keys = keys_of_layers(dropout_keys_B if config.dropout else None, config.layers + 1)
-        x_BLN = dropout(self.model.embed_tokens(tokens_BL), config.dropout, keys[-1], site=0)
+        x_BLN = self.model.embed_tokens(inputs) if self.reads_tokens else inputs
+        if index_L is None:
+            index_L = torch.arange(positions_BL.shape[1], device=positions_BL.device)
         rotation = config.rope.rotation(positions_BL, config.head_dim, x_BLN.dtype)
+        context = Context(rotation, visible, documents_BL, self.slice_sequence(index_L), sequence_weights_B)
+        if self.reads_tokens:
+            x_BLN = dropout(x_BLN, config.dropout, keys[-1], site=0)
         for layer, block in enumerate(self.blocks):
-            x_BLN = block(x_BLN, rotation, visible, keys[layer], None if cache is None else cache.layers[layer])
-        return self.model.norm(x_BLN)
+            if block is not None:
+                x_BLN = block(x_BLN, context, keys[layer], None if cache is None else cache.layers[layer])
+        return self.model.norm(x_BLN) if self.answers else x_BLN
+
+
+def _all(index_L: Tensor) -> Tensor:
+    return index_L
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from conf.errors import OccupiedError, Problem
 from conf.registry import register
 from data_pipeline.artifact import finished, locked
 from parallel import distributed
+from parallel.engine import Settings
 from parallel.precision import PRECISIONS
 from train import checkpoint
 from train.checkpoint import CheckpointError
@@ -63,6 +64,17 @@ class Training(Stage):
     keep: int = 2
     max_skipped: int = 0
     log_every: int = 1
+
+    def settings(self, seed: int) -> Settings:
+        """What the engine must know of this stage."""
+        return Settings(
+            precision=self.precision,
+            compile=self.compile,
+            clip=self.clip,
+            ema=self.ema,
+            deterministic=self.deterministic,
+            seed=seed,
+        )
 
     def problems(self, config: "RunConfig", world_size: int) -> list[Problem]:
         """Values outside their range, and a layout that does not fit."""

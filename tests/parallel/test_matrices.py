@@ -26,8 +26,8 @@ def tensors(shapes: list[tuple[int, ...]]) -> list[Tensor]:
 
 
 def whole_product(matrix: Tensor) -> Tensor:
-    """Needs every row and every column."""
-    return matrix @ matrix.mT @ matrix
+    """Needs every row and every column, in their order."""
+    return matrix @ matrix.mT.cumsum(-1) @ matrix.cumsum(-1)
 
 
 def mapped(sizes: tuple[int, ...], placed: list[tuple[tuple[int, ...], list[Placement]]]) -> tuple[list[Tensor], int]:
@@ -37,8 +37,7 @@ def mapped(sizes: tuple[int, ...], placed: list[tuple[tuple[int, ...], list[Plac
     mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=("a", "b", "c")[: len(sizes)])
     shapes = [shape for shape, _ in placed]
     sharded = [
-        distribute_tensor(full, mesh, placements)
-        for full, (_, placements) in zip(tensors(shapes), placed, strict=True)
+        distribute_tensor(full, mesh, placements) for full, (_, placements) in zip(tensors(shapes), placed, strict=True)
     ]
     calls: list[int] = []
 

@@ -61,6 +61,45 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     assert all(kinds[n] == {"step", "exp_avg", "exp_avg_sq"} for n in kinds.keys() - matrices)
 
 
+def parts_of_a_pipeline() -> nn.ModuleList:
+    """Two parts of one model, each with its own layers only, as one rank may hold them."""
+    parts = [UNTIED.build(VOCABULARY), UNTIED.build(VOCABULARY)]
+    parts[0].model.layers[1] = parts[1].model.layers[0] = None  # type: ignore[assignment]
+    parts[0].model.norm = parts[0].lm_head = parts[1].model.embed_tokens = None  # type: ignore[assignment]
+    return nn.ModuleList(parts)
+
+
+@pytest.mark.parametrize("option", [AdamW(), Muon()])
+def test_parts_of_a_pipeline_are_grouped_as_the_whole_model_is(option: Any) -> None:
+    names = {}
+    for model in (UNTIED.build(VOCABULARY), parts_of_a_pipeline()):
+        named = {id(p): name for name, p in model.named_parameters()}
+        groups = [[named[id(p)] for p in group["params"]] for group in option.build(model).param_groups]
+        names[type(model)] = [{name.removeprefix("0.").removeprefix("1.") for name in group} for group in groups]
+    assert names[Decoder] == names[nn.ModuleList]
+
+
+def test_stacked_experts_are_updated_one_by_one() -> None:
+    stacked, apart = nn.Module(), nn.Module()
+    weights_EFN = torch.randn(3, 6, 4)
+    experts = nn.Module()
+    experts.weight, experts.bias = nn.Parameter(weights_EFN.clone()), nn.Parameter(torch.zeros(3, 6))
+    stacked.blocks = nn.ModuleList([experts])
+    apart.blocks = nn.ModuleList(nn.Linear(4, 6, bias=False) for _ in range(3))
+    optimizers = [Muon(precision="fp32").build(model) for model in (stacked, apart)]
+    for linear, weight_FN in zip(apart.blocks, weights_EFN, strict=True):
+        linear.weight.data.copy_(weight_FN)
+    for step in range(3):
+        gradient_EFN = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(step))
+        experts.weight.grad = gradient_EFN
+        for linear, gradient_FN in zip(apart.blocks, gradient_EFN, strict=True):
+            linear.weight.grad = gradient_FN
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(experts.weight, torch.stack([linear.weight for linear in apart.blocks]))
+    assert id(experts.bias) in {id(p) for p in optimizers[0].param_groups[2]["params"]}  # AdamW's, not decayed
+
+
 @pytest.mark.parametrize("option", [AdamW(lr=1e-2), Muon(lr=1e-2, precision="fp32")])
 def test_gradients_are_divided_by_the_scale_inside_the_step(option: Any) -> None:
     plain, scaled = model_with_gradients(), model_with_gradients(scale=64.0)

@@ -54,13 +54,19 @@ class AdamW:
 
 
 def split_by_decay(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """Parameters that are decayed (matrices), and those that are not (norms, biases, embeddings), by name."""
+    """Parameters that are decayed (matrices and stacks of them), and those that are not (norms, biases, embeddings and
+    so a tied head), by name.
+
+    Args:
+        model: a whole one, a part of a pipeline, or a ModuleList of parts.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed: dict[str, nn.Parameter] = {}
     others: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decayed if parameter.ndim > 1 and id(parameter) not in embeddings else others)[name] = parameter
+            matrix = parameter.ndim > 1 and not name.endswith("bias")  # a stack of biases is none
+            (decayed if matrix and id(parameter) not in embeddings else others)[name] = parameter
     return decayed, others
 
 

@@ -1,9 +1,9 @@
 """Muon: momentum whose matrices are orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
-Hidden matrices are updated by Muon; embeddings, head, norms and biases by AdamW. Update sizes follow Moonlight (Liu et
-al. 2025, arXiv:2502.16982, section 2.2), so that one learning rate serves both.
+Hidden matrices, those of experts each by itself, are updated by Muon; embeddings, head, norms and biases by AdamW.
+Update sizes follow Moonlight (Liu et al. 2025, arXiv:2502.16982, section 2.2), so that one learning rate serves both.
 
-Shape suffixes: M rows, N columns.
+Shape suffixes: X matrices of a stack, M rows, N columns.
 """
 
 import math
@@ -81,8 +81,10 @@ class Muon:
         return found
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of all parameters that train; matrices inside `model.blocks` are Muon's."""
-        hidden = {id(p) for p in model.blocks.parameters() if p.ndim == 2}  # type: ignore[union-attr]
+        """The optimizer of all parameters that train; matrices inside `blocks`, of the model or of each part that is
+        here, are Muon's."""
+        blocks = [getattr(part, "blocks", None) for part in model.modules()]
+        hidden = {id(p) for layers in blocks if isinstance(layers, nn.ModuleList) for p in layers.parameters()}
         decayed, others = split_by_decay(model)
         matrices = [p for p in decayed.values() if id(p) in hidden]
         rest = [p for p in decayed.values() if id(p) not in hidden]
@@ -148,15 +150,15 @@ class MuonWithAdamW(torch.optim.Optimizer):
             looking_ahead.append(_sharded_as(matrix, gradient.lerp_(momentum, self.options.momentum)))  # Nesterov's
         updates = map_whole(self._orthogonal, looking_ahead)
         for matrix, update in zip(matrices, updates, strict=True):
-            rows, columns = matrix.shape
+            rows, columns = matrix.shape[-2:]
             weight = local_of(matrix)
             weight.mul_(1 - group["lr"] * group["weight_decay"] * taken)
             weight.sub_(update * (group["lr"] * SCALES[self.options.scale](rows, columns) * taken))
 
-    def _orthogonal(self, matrix_MN: Tensor) -> Tensor:
-        auto = self.options.precision == "auto" and has_native_bf16(matrix_MN.device)
+    def _orthogonal(self, matrix: Tensor) -> Tensor:
+        auto = self.options.precision == "auto" and has_native_bf16(matrix.device)
         dtype = torch.bfloat16 if auto or self.options.precision == "bf16" else torch.float32
-        return orthogonalise(matrix_MN, self.options.iterations, dtype)
+        return orthogonalise(matrix, self.options.iterations, dtype)
 
 
 def _sharded_as(like: Tensor, local: Tensor) -> Tensor:
@@ -166,21 +168,21 @@ def _sharded_as(like: Tensor, local: Tensor) -> Tensor:
     return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
-def orthogonalise(matrix_MN: Tensor, iterations: int, dtype: torch.dtype) -> Tensor:
+def orthogonalise(matrix: Tensor, iterations: int, dtype: torch.dtype) -> Tensor:
     """Nearly the nearest matrix with orthonormal rows or columns: U V' of the singular value decomposition U S V'.
 
     Newton-Schulz on singular values s in (0, 1]: s <- a s + b s^3 + c s^5, by matrix products only.
 
     Args:
-        matrix_MN: any matrix; the result has its dtype.
+        matrix: matrix_MN, or a stack_XMN of them; the result has its dtype.
         iterations: 5 bring singular values of 1e-2 and more into 0.7 to 1.2.
         dtype: of the products.
     """
     a, b, c = COEFFICIENTS
-    wide = matrix_MN.shape[0] <= matrix_MN.shape[1]
-    x = (matrix_MN if wide else matrix_MN.T).to(dtype)
-    x = x / x.norm().clamp(min=1e-7)  # the largest singular value is at most 1
+    wide = matrix.shape[-2] <= matrix.shape[-1]
+    x_XMN = (matrix if wide else matrix.mT).to(dtype).reshape(-1, min(matrix.shape[-2:]), max(matrix.shape[-2:]))
+    x_XMN = x_XMN / x_XMN.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # the largest singular value is at most 1
     for _ in range(iterations):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x if wide else x.T).to(matrix_MN.dtype)
+        gram_XMM = x_XMN @ x_XMN.mT
+        x_XMN = torch.baddbmm(x_XMN, torch.baddbmm(gram_XMM, gram_XMM, gram_XMM, beta=b, alpha=c), x_XMN, beta=a)
+    return (x_XMN if wide else x_XMN.mT).reshape(matrix.shape).to(matrix.dtype)

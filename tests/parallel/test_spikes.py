@@ -1,0 +1,77 @@
+"""Spikes: what is judged far off, what is not, and that the history is that of the steps that were taken."""
+
+import math
+
+import pytest
+import torch
+
+from parallel.spikes import Spikes
+
+CPU = torch.device("cpu")
+
+
+def judged(spikes: Spikes, losses: list[float], norms: list[float] | None = None) -> list[float]:
+    pairs = zip(losses, norms or [1.0] * len(losses), strict=True)
+    return [spikes.judge(torch.tensor(loss), torch.tensor(norm)).item() for loss, norm in pairs]
+
+
+def wavering(count: int) -> list[float]:
+    return [3.0 + 0.3 * (-1) ** i for i in range(count)]
+
+
+def test_a_loss_or_a_norm_far_above_the_last_ones_is_a_spike() -> None:
+    for place in (0, 1):
+        spikes = Spikes(4.0, 16, CPU)
+        ordinary, figures = wavering(20), [[1.0, 1.0], [1.0, 1.0]]
+        figures[place] = [4.1, 5.0]  # 3.7 standard deviations above the mean, and 5.0
+        assert judged(spikes, ordinary, ordinary) == [0.0] * 20
+        assert judged(spikes, *figures) == [0.0, 1.0]
+
+
+def test_far_below_is_no_spike() -> None:
+    assert judged(Spikes(3.0, 8, CPU), [*wavering(8), 0.1]) == [0.0] * 9
+
+
+def test_the_first_half_of_a_window_is_only_remembered() -> None:
+    assert judged(Spikes(3.0, 8, CPU), [1.0, 1000.0, 1.0, 50.0]) == [0.0] * 4
+    assert judged(Spikes(3.0, 8, CPU), [1.0, 1.0, 1.0, 1.0, 50.0]) == [0.0] * 4 + [1.0]
+
+
+def test_noise_on_a_loss_that_stands_still_is_no_spike() -> None:
+    assert judged(Spikes(6.0, 8, CPU), [*[2.0] * 8, 2.0001, 2.1]) == [0.0] * 10
+    assert judged(Spikes(6.0, 8, CPU), [*[2.0] * 8, 2.2])[-1] == 1.0  # 10 %
+
+
+def test_what_is_left_out_does_not_enter_the_history() -> None:
+    spikes = Spikes(3.0, 8, CPU)
+    judged(spikes, wavering(8))
+    before = {name: tensor.clone() for name, tensor in spikes.state().items()}
+    assert judged(spikes, [9.0, math.nan, 9.0, math.inf], [1.0, 1.0, math.nan, 1.0]) == [1.0] * 4
+    assert all(torch.equal(before[name], tensor) for name, tensor in spikes.state().items())
+
+
+def test_only_the_last_steps_of_the_window_count() -> None:
+    spikes = Spikes(3.0, 8, CPU)
+    assert judged(spikes, [100.0] * 4 + [1.0] * 8 + [1.001, 2.0])[-2:] == [0.0, 1.0]
+    assert spikes.count.item() == 13
+    assert set(spikes.state()["engine.spikes.history"][0].tolist()) == {1.0, torch.tensor(1.001).item()}
+
+
+@pytest.mark.parametrize("strength", [0.0, 3.0])
+def test_a_figure_that_is_not_finite_is_left_out_from_the_first_step_on(strength: float) -> None:
+    assert judged(Spikes(strength, 8, CPU), [math.nan, 1.0], [1.0, math.inf]) == [1.0, 1.0]
+
+
+def test_without_a_strength_nothing_finite_is_left_out_but_the_history_is_kept() -> None:
+    spikes = Spikes(0.0, 4, CPU)
+    assert judged(spikes, [*wavering(8), 1e9]) == [0.0] * 9
+    assert spikes.count.item() == 9
+
+
+def test_a_history_that_is_loaded_judges_as_the_one_that_was_saved() -> None:
+    spikes, other = Spikes(3.0, 8, CPU), Spikes(3.0, 8, CPU)
+    judged(spikes, wavering(11))
+    for name, tensor in other.state().items():
+        tensor.copy_(spikes.state()[name])
+    figures = [3.2, 9.0, 3.9, 4.0, 4.2, 9.0]
+    assert judged(spikes, figures) == judged(other, figures)

@@ -46,7 +46,7 @@ class StepResult:
         loss: the objective's mean over all terms of the step.
         weight: the number of terms.
         grad_norm: global gradient norm before clipping; nan for an evaluation.
-        skipped: 1 where the update was left out because loss or norm was not finite.
+        skipped: 1 where the update was left out because loss or norm was not finite, or a spike.
         metrics: the objective's other means.
     """
 

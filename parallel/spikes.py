@@ -1,8 +1,8 @@
 """Which steps are left out: those whose loss or gradient norm is not finite, or far above what it has been of late.
 
 The history is two rings on the device, so that nobody waits to judge a step, and part of the engine's state, so that a
-run that goes on elsewhere judges as it would have. Steps that are left out do not enter it (OLMo's SkipStepOptimizer:
-OLMo et al. 2024, arXiv:2501.00656).
+run that goes on elsewhere judges as it would have. Steps that are left out do not enter it. The rule is OLMo's
+SkipStepOptimizer's (OLMo et al. 2024, arXiv:2501.00656), but for the floor.
 
 Shape suffixes: F figures (loss, gradient norm), W steps of the window.
 """
@@ -19,7 +19,7 @@ class Spikes:
 
     Args:
         strength: standard deviations above the mean from which on a loss or a norm is a spike; 0 judges only whether
-            both are finite.
+            both are finite, and keeps no history.
         window: steps of the history; the first steps, until half of it is there, are only remembered.
         device: where the figures are.
     """
@@ -35,14 +35,15 @@ class Spikes:
         """1.0 where the step is to be left out, else 0.0; then its figures are remembered."""
         figures_F = torch.stack([loss, norm]).double()
         skipped = ~figures_F.isfinite().all()
-        if self.strength:
-            skipped = skipped | (figures_F > self._limits_F()).any()
+        if not self.strength:
+            return skipped.float()
+        skipped = skipped | (figures_F > self._limits()).any()
         slot_W = self._slots_W == self.count % len(self._slots_W)
         self.history_FW.copy_(torch.where(slot_W & ~skipped, figures_F[:, None], self.history_FW))
         self.count += ~skipped
         return skipped.float()
 
-    def _limits_F(self) -> Tensor:
+    def _limits(self) -> Tensor:
         """Mean + strength x standard deviation; infinite while there are too few steps to tell."""
         window = len(self._slots_W)
         known_W = self._slots_W < self.count  # once the ring is full, all
@@ -54,4 +55,7 @@ class Spikes:
         return torch.where(self.count >= max(2, window // 2), limits_F, torch.inf)
 
     def state(self) -> dict[str, Tensor]:
+        """The history, where there is one."""
+        if not self.strength:
+            return {}
         return {"engine.spikes.history": self.history_FW, "engine.spikes.count": self.count}

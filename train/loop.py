@@ -108,7 +108,7 @@ class Loop:
         """Train from `progress.step` to the last step, or until asked to stop.
 
         Raises:
-            DivergedError: too many steps in a row with a loss or norm that is not finite.
+            DivergedError: too many steps in a row were skipped.
             CheckpointError: a save failed.
         """
         self.validate(self.progress.step)  # a kill may have come between a save and its validation

@@ -1,7 +1,8 @@
 """From the figures of a step to log lines: read one step late, agreed by all ranks, never waiting for the device."""
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from train.throughput import Clock, peak_memory
 
 
 class DivergedError(LongrunError):
-    """Loss or gradient norm were not finite for more steps in a row than allowed."""
+    """More steps in a row than allowed were skipped: loss or gradient norm not finite, or spikes."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,13 @@ class Monitor:
         if pending.step % self.log_every == 0 or pending.step in (1, self.steps) or skipped:
             self._log(pending, dict(figures), skipped)
         if skipped and self.progress.skipped_in_a_row > self.max_skipped:
+            spike = _is_spike(figures)
             raise DivergedError(
-                f"loss or gradient norm was not finite in {self.progress.skipped_in_a_row} step(s) in a row, up to "
-                f"step {pending.step} (loss {figures['loss']}, norm {figures['grad_norm']}); stage.max_skipped="
-                f"{self.max_skipped} allows {self.max_skipped}. Lower the learning rate (optim, schedule) or "
-                "stage.clip, or look at the data of that step."
+                f"{self.progress.skipped_in_a_row} step(s) in a row, up to step {pending.step}, were skipped, that one "
+                f"because its loss or gradient norm was {'far above those before' if spike else 'not finite'} (loss "
+                f"{figures['loss']}, norm {figures['grad_norm']}); stage.max_skipped={self.max_skipped} allows "
+                f"{self.max_skipped}. Lower the learning rate (optim, schedule) or stage.clip, or look at the data of "
+                f"that step{', or raise stage.skip_spikes' if spike else ''}."
             )
 
     def _log(self, pending: _Pending, figures: dict[str, float], skipped: bool) -> None:
@@ -171,6 +174,7 @@ class Monitor:
         }
         if skipped:
             line["skipped"] = 1
+            line["spike"] = int(_is_spike(line))
         self.last = line
         self.metrics.log(pending.step, line)
 
@@ -185,6 +189,11 @@ class Monitor:
         """Throughput of this process without its first two steps, which compile, allocate and fill the prefetch."""
         tokens_per_s = _rate(self._marks[min(2, max(0, len(self._marks) - 2))], self._marks[-1])
         return {"tokens_per_s": tokens_per_s, "mfu": self.mfu(tokens_per_s)}
+
+
+def _is_spike(figures: Mapping[str, Value]) -> bool:
+    """Why a step was skipped: a spike has figures."""
+    return math.isfinite(float(figures["loss"])) and math.isfinite(float(figures["grad_norm"]))
 
 
 def _rate(before: tuple[float, int], after: tuple[float, int]) -> float:

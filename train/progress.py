@@ -17,7 +17,7 @@ class Progress:
         best_validation_loss: the lowest so far, in the objective's unit.
         validations_without_gain: validations since that one.
         validated: step of the newest validation that is counted in these two.
-        skipped: the steps that were skipped for a loss or norm that was not finite.
+        skipped: the steps that were skipped for a loss or norm that was not finite, or a spike.
         inputs: fingerprint of what the run reads (tokens, tokenizer, initial weights): it must be the same on resume.
     """
 

@@ -27,6 +27,7 @@ from parallel.mesh import Mesh
 from parallel.precision import compute_dtype
 from parallel.random import dropout_keys
 from parallel.reduce import Sums, means, squared_norm
+from parallel.spikes import Spikes
 from parallel.whole import Whole
 from parallel.zero import Sharded
 
@@ -127,6 +128,7 @@ class NativeEngine:
         self.replicas = layout.dp if layout.zero == 0 else layout.dp_replicate
         self.rank = world.rank
         self.parameters = placed.parameters
+        self.spikes = Spikes(settings.skip_spikes, settings.spike_window, self.device)
         self.steps = torch.zeros((), dtype=torch.int64)  # on the CPU: reading it waits for nobody
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -154,7 +156,7 @@ class NativeEngine:
         totals = sums.over_ranks(squares=squared_norm(gradients) / self.replicas)
         loss, metrics = means(totals)
         norm = (totals["squares"].sqrt() / totals["weight"]).float()
-        skipped = 1 - (loss.isfinite() & norm.isfinite()).float()
+        skipped = self.spikes.judge(loss, norm)
         share = (self.settings.clip / (norm + 1e-6)).clamp(max=1) if self.settings.clip else torch.ones_like(norm)
         self._update(scale=totals["weight"].float() / share, skipped=skipped, factor=learning_rate_factor)
         if self.ema:
@@ -230,7 +232,7 @@ class NativeEngine:
                 state[f"optimizer.{name}.{moment}"] = value
         if self.ema:
             state |= self.ema.state()
-        return state | {"engine.steps": self.steps}
+        return state | {"engine.steps": self.steps} | self.spikes.state()
 
     def loaded(self) -> None:
         """What was gathered before is stale."""

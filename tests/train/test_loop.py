@@ -31,6 +31,7 @@ class Recorder:
 
     validation_losses: list[float] = field(default_factory=lambda: [1.0] * 99)
     skipped_steps: tuple[int, ...] = ()
+    spikes: tuple[int, ...] = ()
     events: list[tuple] = field(default_factory=list)
     steps_done: int = 0
     stall_s: float = 0.0
@@ -39,8 +40,8 @@ class Recorder:
     def train_step(self, micro_batches, objective, learning_rate_factor):
         self.steps_done += 1
         self.events.append(("train", self.steps_done, learning_rate_factor))
-        skipped = self.steps_done in self.skipped_steps
-        loss = torch.tensor(math.nan if skipped else float(self.steps_done))
+        skipped = self.steps_done in self.skipped_steps + self.spikes
+        loss = torch.tensor(math.nan if self.steps_done in self.skipped_steps else float(self.steps_done))
         return StepResult(loss, torch.tensor(4.0), torch.tensor(0.5), torch.tensor(float(skipped)))
 
     def evaluate(self, micro_batches, objective, ema=False):
@@ -179,6 +180,16 @@ def test_skipped_steps_are_remembered_and_too_many_in_a_row_end_the_run():
     assert "3 step(s) in a row, up to step 4" in message and "stage.max_skipped=2" in message
 
 
+def test_spikes_and_what_is_not_finite_are_told_apart_and_counted_together():
+    _, events, progress = ran(Recorder(skipped_steps=(2,), spikes=(3, 5)), max_skipped=2)
+    assert progress.skipped == [2, 3, 5]
+    assert [e[2]["spike"] for e in events if e[0] == "log" and e[2].get("skipped")] == [0, 1, 1]
+    message = run_ranks(1, _diverged, Recorder(skipped_steps=(2, 3), spikes=(4,)), Progress())[0]
+    assert "far above those before (loss 4.0, norm 0.5)" in message and "raise stage.skip_spikes" in message
+    message = run_ranks(1, _diverged, Recorder(skipped_steps=(4,), spikes=(2, 3)), Progress())[0]
+    assert "was not finite (loss nan" in message and "skip_spikes" not in message
+
+
 def test_skips_before_a_restart_count():
     progress = Progress(step=3, skipped=[2, 3])
     assert "3 step(s) in a row, up to step 4" in run_ranks(1, _diverged, Recorder(skipped_steps=(4,)), progress)[0]
@@ -291,10 +302,17 @@ def test_an_error_of_one_rank_ends_all_and_is_told_once():
 
 
 def test_every_value_out_of_range_is_named_at_once():
-    stage = Training(steps=0, keep=0, patience=2, ema=1.0, precision="int3", clip=-1.0, log_every=0, max_skipped=-1)
+    values = {"steps": 0, "keep": 0, "patience": 2, "ema": 1.0, "precision": "int3", "clip": -1.0, "log_every": 0}
+    values |= {"max_skipped": -1, "skip_spikes": -1.0, "spike_window": 1}
+    stage = Training(**values)
     keys = {problem.key for problem in stage.problems(SimpleNamespace(parallel=Layout(dp_shard=2)), world_size=1)}
-    names = ("steps", "keep", "patience", "ema", "precision", "clip", "log_every", "max_skipped")
-    assert keys == {*(f"stage.{name}" for name in names), "parallel.dp_shard"}
+    assert keys == {*(f"stage.{name}" for name in values), "parallel.dp_shard"}
+
+
+def test_skipping_spikes_needs_room_for_them():
+    found = Training(skip_spikes=6.0).problems(SimpleNamespace(parallel=Layout()), world_size=1)
+    assert ["stage.max_skipped" in problem.fix for problem in found] == [True]
+    assert not Training(skip_spikes=6.0, max_skipped=3).problems(SimpleNamespace(parallel=Layout()), world_size=1)
 
 
 def test_a_recipe_leaves_out_what_does_not_change_the_result():

@@ -77,7 +77,7 @@ class _Plain:
             print(_validation(step, self._run.steps, values), flush=True)
         elif time.monotonic() - self._last >= self._every_s or step == self._run.steps or "skipped" in values:
             self._last = time.monotonic()
-            skipped = ["SKIPPED"] if "skipped" in values else []
+            skipped = ["SKIPPED: spike" if values.get("spike") else "SKIPPED"] if "skipped" in values else []
             print(f"step {step}/{self._run.steps}  " + "  ".join(describe(values) + skipped), flush=True)
 
     def close(self, summary: Mapping[str, Value]) -> None:

@@ -45,7 +45,11 @@ class Training(Stage):
         patience: validations without a better loss after which the run ends (early stopping); 0 never.
         checkpoint_every: steps between checkpoints.
         keep: newest checkpoints kept on disk.
-        max_skipped: consecutive steps that may be skipped for a loss or norm that is not finite before the run stops.
+        skip_spikes: skip a step whose loss or gradient norm is more than so many standard deviations above the mean of
+            the last `spike_window` steps that were not skipped, for instance 6; 0 skips only what is not finite. Half a
+            window of steps is taken before the first is judged.
+        spike_window: steps.
+        max_skipped: consecutive steps that may be skipped, for whichever reason, before the run stops.
         log_every: steps between log lines.
     """
 
@@ -62,6 +66,8 @@ class Training(Stage):
     patience: int = 0
     checkpoint_every: int = 100
     keep: int = 2
+    skip_spikes: float = 0.0
+    spike_window: int = 128
     max_skipped: int = 0
     log_every: int = 1
 
@@ -74,6 +80,8 @@ class Training(Stage):
             ema=self.ema,
             deterministic=self.deterministic,
             seed=seed,
+            skip_spikes=self.skip_spikes,
+            spike_window=self.spike_window,
         )
 
     def problems(self, config: "RunConfig", world_size: int) -> list[Problem]:
@@ -82,11 +90,16 @@ class Training(Stage):
         for key in ("steps", "validation_batches", "keep", "log_every"):
             if getattr(self, key) < 1:
                 found.append(Problem(f"stage.{key}", getattr(self, key), "must be at least 1"))
-        for key in ("clip", "validate_every", "patience", "checkpoint_every", "max_skipped"):
+        for key in ("clip", "validate_every", "patience", "checkpoint_every", "skip_spikes", "max_skipped"):
             if getattr(self, key) < 0:
                 found.append(Problem(f"stage.{key}", getattr(self, key), "must be at least 0"))
         if not 0 <= self.ema < 1:
             found.append(Problem("stage.ema", self.ema, "a decay in [0, 1), for instance 0.999"))
+        if self.spike_window < 2:
+            found.append(Problem("stage.spike_window", self.spike_window, "must be at least 2; 128 is usual"))
+        if self.skip_spikes > 0 and self.max_skipped == 0:
+            fix = "ends the run at the first spike: give stage.max_skipped the number of spikes in a row to bear"
+            found.append(Problem("stage.skip_spikes", self.skip_spikes, fix))
         if self.precision not in PRECISIONS:
             found.append(Problem("stage.precision", self.precision, f"one of {', '.join(PRECISIONS)}"))
         if self.patience > 0 and self.validate_every == 0:

@@ -8,6 +8,8 @@ import os
 import re
 import socket
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,9 +18,11 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from conf.errors import LongrunError
+from parallel.watch import PATIENCE_S, Watch
 
 _started: "World | None" = None
 _incarnation = 0
+_watch: Watch | None = None
 
 
 class DistributedError(LongrunError):
@@ -163,10 +167,61 @@ def start(rendezvous_s: float = 300, collective_s: float = 600) -> World:
 
 def stop() -> None:
     """Leave the process group, if there is one."""
-    global _started
+    global _started, _watch
+    if _watch is not None:
+        _watch.close()
+        _watch = None
     if _started is not None:
         dist.destroy_process_group()
         _started = None
+
+
+@contextmanager
+def joined(patience_s: float = PATIENCE_S, **limits: float) -> Iterator[World]:
+    """Be one of the run's ranks for the length of the block, where all watch each other (see `parallel.watch`).
+
+    Args:
+        patience_s: seconds without a sign of life after which a rank is gone.
+        limits: of `start()`.
+
+    Raises:
+        DistributedError: see `start()`.
+        PeerError: another rank died, hangs or failed; names it.
+    """
+    global _watch
+    world = start(**limits)
+    if world.size > 1:
+        _watch = _watcher(place(), patience_s)
+    try:
+        yield world
+    except BaseException as error:
+        if _watch is not None and (others := _watch.blame(error)):
+            raise others from error
+        raise
+    finally:
+        stop()
+
+
+def reached(step: int) -> None:
+    """Tell the other ranks, should they have to name this one, which step it has finished."""
+    if _watch is not None:
+        _watch.step = step
+
+
+def _watcher(here: Place, patience_s: float) -> Watch:
+    serves = here.rank == 0 and not _served_by_agent()
+    server = "torchrun's agent" if _served_by_agent() else f"rank 0 of {here.size}"
+    connection = dist.TCPStore(
+        here.address, here.port, is_master=False, timeout=timedelta(seconds=patience_s), wait_for_workers=False
+    )
+    return Watch(
+        dist.PrefixStore(f"{_prefix()}/watch", connection),
+        here.rank,
+        here.size,
+        server=f"{server} (at {here.address})",
+        serves=serves,
+        patience_s=patience_s,
+    )
 
 
 _store: dist.Store | None = None
@@ -198,14 +253,18 @@ def _rendezvous(here: Place, timeout_s: float) -> dist.Store:
     return _store
 
 
+def _served_by_agent() -> bool:
+    """torchrun's agent holds the store already."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _connect(here: Place, timeout_s: float) -> dist.TCPStore:
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent holds the store already
     where = f"{here.address}:{here.port}"
     try:
         return dist.TCPStore(
             here.address,
             here.port,
-            is_master=here.rank == 0 and not served,
+            is_master=here.rank == 0 and not _served_by_agent(),
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from conf.errors import LongrunError
 from data_pipeline.batch import MicroBatch
+from parallel import distributed
 from parallel.engine import StepResult
 from train.metrics.base import Metrics, Value
 from train.progress import Progress
@@ -109,6 +110,7 @@ class Monitor:
         Raises:
             DivergedError: too many steps in a row were skipped.
         """
+        distributed.reached(step)
         self._read_pending()
         names = ["loss", "grad_norm", "skipped", *result.metrics]
         scalars = [result.loss, result.grad_norm, result.skipped, *result.metrics.values()]

@@ -61,9 +61,16 @@ class Running:
 
 
 def begin(
-    corpus: Path, run_dir: Path, *settings: str, ranks: int = 1, stage: str = "pretrain", logs: Path | None = None
+    corpus: Path,
+    run_dir: Path,
+    *settings: str,
+    ranks: int = 1,
+    stage: str = "pretrain",
+    logs: Path | None = None,
+    env: dict[str, str] | None = None,
 ) -> Running:
-    """Start `python -m train` as so many ranks; what they print goes to files in `logs`, or beside run_dir."""
+    """Start `python -m train` as so many ranks; what they print goes to files in `logs`, or beside run_dir. `env` are
+    further environment variables."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -81,6 +88,7 @@ def begin(
             "MASTER_PORT": str(store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "OMP_NUM_THREADS": "1",
+            **(env or {}),
         }
         log = (logs or run_dir.parent) / f"{run_dir.name}.{time.monotonic_ns()}.{rank}.log"
         process = context.Process(target=_rank, args=(arguments, variables, sys.path, str(log)))

@@ -117,11 +117,11 @@ class Training(Stage):
             OccupiedError: run_dir holds a run of another configuration or of other inputs.
             DivergedError: see stage.max_skipped.
             CheckpointError: a checkpoint cannot be written or read.
+            PeerError: another rank died, hangs or failed.
         """
         with ExitStack() as stack:
             signals = stack.enter_context(StopSignals())
-            world = distributed.start()
-            stack.callback(distributed.stop)
+            world = stack.enter_context(distributed.joined())
             directory = Path(config.run_dir)
             with together():
                 if world.rank == 0:

@@ -211,6 +211,13 @@ def test_dropout_follows_the_key_and_nothing_else():
     assert dropout(x_BLN, 0.25, None, site=0) is x_BLN
 
 
+def test_a_slice_of_a_sequence_drops_what_the_whole_would():
+    x_BLN, keys_B = torch.randn(2, 12, 40), torch.tensor([5, 6])
+    whole_BLN = dropout(x_BLN, 0.25, keys_B, site=1)
+    for index_L in (torch.arange(12), torch.tensor([0, 1, 2, 9, 10, 11]), torch.tensor([7])):
+        assert torch.equal(whole_BLN[:, index_L], dropout(x_BLN[:, index_L], 0.25, keys_B, site=1, index_L=index_L))
+
+
 def test_bits_of_neighbouring_keys_features_and_sites_are_independent():
     bits = random_bits(torch.arange(64), 0, (64, 64)) < 0
     signs = bits.double() * 2 - 1

@@ -10,13 +10,8 @@ from conf.errors import Problem
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dual_pipe_v")
 """Pipeline schedules, by the names that torch.distributed.pipelining's classes have in snake case."""
 
-UNSUPPORTED = {
-    "pp": "pipeline",
-    "cp": "context",
-    "tp": "tensor",
-    "ep": "expert",
-}
-"""Axes that have their place in the mesh already and arrive with the parallelism issue."""
+V_SCHEDULES = ("zbv", "dual_pipe_v")
+"""Schedules whose ranks have one stage on the way down and one on the way back."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +74,6 @@ class Layout:
             found.append(Problem("parallel.zero", self.zero, "one of 0, 1, 2, 3"))
         if self.schedule not in SCHEDULES:
             found.append(Problem("parallel.schedule", self.schedule, f"one of {', '.join(SCHEDULES)}"))
-        found += [
-            Problem(f"parallel.{key}", getattr(self, key), f"{name} parallelism is not there yet; only {key}=1 works")
-            for key, name in UNSUPPORTED.items()
-            if getattr(self, key) > 1
-        ]
         if self.pp == 1 and self.virtual_stages > 1:
             found.append(
                 Problem("parallel.virtual_stages", self.virtual_stages, "needs pp > 1; with pp=1 it must be 1")

@@ -40,6 +40,9 @@ class Whole:
     def accumulate(self, last: bool) -> None:
         """As `Sharded.accumulate`; on one process there is nothing to hold back."""
 
+    def reduce(self) -> None:
+        """As `Sharded.reduce`; there is nobody to add up with."""
+
     def release(self) -> None:
         """As `Sharded.release`; nothing was gathered."""
 

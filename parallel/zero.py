@@ -14,11 +14,13 @@ shards (HSDP) each step adds U all-reduces, whatever the stage.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from parallel.mesh import REPLICATE, SHARD
 
@@ -67,9 +69,10 @@ class Sharded:
             cast_forward_inputs=False,  # the model says what is computed in fp32
         )
         axes = mesh if replicas > 1 else mesh[SHARD]
+        shared: dict[str, Any] = {"mesh": axes, "mp_policy": policy, "shard_placement_fn": _free_dim}
         for block in blocks:
-            fully_shard(block, mesh=axes, mp_policy=policy, reshard_after_forward=self.stage.drop_parameters)
-        fully_shard(model, mesh=axes, mp_policy=policy, reshard_after_forward=False)  # the backward starts with it
+            fully_shard(block, reshard_after_forward=self.stage.drop_parameters, **shared)
+        fully_shard(model, reshard_after_forward=False, **shared)  # the backward starts with it
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for unit in self.units:
             unit.set_gradient_divide_factor(1.0)  # sums, never means: the engine divides, once
@@ -92,6 +95,19 @@ class Sharded:
         root.set_requires_all_reduce(last)
         root.set_reshard_after_backward(last or self.stage.drop_parameters)
 
+    def reduce(self) -> None:
+        """Add up the gradients over the ranks after backward passes none of which was the last: FSDP2 does so at the end
+        of a unit's backward pass, and the gradients of deferred weights came after it. (torch's own pipelines end so.)
+        """
+        self.accumulate(last=True)
+        states = [unit._get_fsdp_state() for unit in self.units]
+        for state in states:
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch 2.13; before
+            for group in groups:
+                if group is not None:
+                    group.post_backward()
+        states[0]._root_post_backward_final_callback()
+
     def release(self) -> None:
         """Free what a forward without a backward gathered."""
         for unit in self.units:
@@ -100,3 +116,11 @@ class Sharded:
     def changed(self) -> None:
         """To be called when parameters have changed: what is still gathered has the old values."""
         self.release()
+
+
+def _free_dim(parameter: nn.Parameter) -> Shard | None:
+    """The first dim that is not shared among other ranks already; None is FSDP2's own choice, the first."""
+    if not isinstance(parameter, DTensor):
+        return None
+    taken = {placement.dim for placement in parameter.placements if isinstance(placement, Shard)}
+    return Shard(min(set(range(parameter.ndim)) - taken))

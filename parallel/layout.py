@@ -14,6 +14,10 @@ V_SCHEDULES = ("zbv", "dual_pipe_v")
 """Schedules whose ranks have one stage on the way down and one on the way back."""
 
 
+DEFERRING_SCHEDULES = ("interleaved_zero_bubble", "zbv", "dual_pipe_v")
+"""Schedules that compute gradients of weights later than those of inputs."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Sizes of the mesh axes. Every layout trains the same run.
@@ -61,6 +65,11 @@ class Layout:
     def dp(self) -> int:
         """Data-parallel ranks: each sees its own part of the global batch."""
         return self.dp_replicate * self.dp_shard
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Tokens of a sequence are a multiple of this; the engine pads. (Two pieces a context-parallel rank.)"""
+        return self.tp * (2 * self.cp if self.cp > 1 else 1)
 
     def problems(self, world_size: int, global_batch: int) -> list[Problem]:
         """All reasons why this layout cannot run on `world_size` processes with `global_batch` sequences a step."""

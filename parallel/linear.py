@@ -50,7 +50,7 @@ def install(model: nn.Module) -> None:
     """Let the linear layers of a model defer, those that have no forward of their own yet."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and "forward" not in vars(module):
-            module.forward = _Forward(module)  # type: ignore[method-assign]
+            module.forward = _Forward(module)  # type: ignore[method-assign, assignment]
 
 
 class _Forward:

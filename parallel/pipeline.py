@@ -11,6 +11,7 @@ that order, through a group that carries one direction only: no pair of ranks ca
 Shape suffixes: B sequences, L tokens, N features.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,9 +45,10 @@ class Message(NamedTuple):
 class Placed(Protocol):
     """What `Sharded` and `Whole` have in common."""
 
-    model: nn.Module
-    parameters: dict[str, Tensor]
-
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def parameters(self) -> dict[str, Tensor]: ...
     def accumulate(self, last: bool) -> None: ...
     def reduce(self) -> None: ...
     def release(self) -> None: ...
@@ -80,7 +82,7 @@ def cut(layers: int, stages: int) -> list[range]:
     """The layers of each stage; where they do not divide, the first ones have one more: the last has the head."""
     share, more = divmod(layers, stages)
     starts = [stage * share + min(stage, more) for stage in range(stages + 1)]
-    return [range(start, end) for start, end in zip(starts, starts[1:], strict=False)]
+    return [range(start, end) for start, end in itertools.pairwise(starts)]
 
 
 @cache

@@ -1,6 +1,6 @@
 """Figures of a step, summed over micro-batches and ranks with one collective and without waiting for the device."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,18 +17,23 @@ class Sums:
         self.device = device
         self.terms: dict[str, Tensor] = {}
 
-    def add(self, terms: LossTerms) -> None:
-        """Add one micro-batch."""
+    def add(self, terms: LossTerms, counts: bool = True) -> None:
+        """Add one micro-batch; as nothing, where another rank answers for the same one."""
         for name, value in {"total": terms.total, "weight": terms.weight, **_prefixed(terms.metrics)}.items():
-            value = torch.as_tensor(value, device=self.device).detach().double()
+            value = torch.as_tensor(value, device=self.device).detach().double() * counts
             self.terms[name] = self.terms[name] + value if name in self.terms else value
 
+    def expect(self, names: Sequence[str]) -> None:
+        """Take part in the sums of terms that only other ranks have."""
+        for name in names:
+            self.terms.setdefault(name, torch.zeros((), dtype=torch.float64, device=self.device))
+
     def over_ranks(self, **more: Tensor) -> dict[str, Tensor]:
-        """The sums over all data-parallel ranks, and those of further scalars; every rank gets the same bits."""
+        """The sums over all ranks, and those of further scalars; every rank gets the same bits."""
         local = self.terms | more
         names = sorted(local)
         sums = torch.stack([local[name].double() for name in names])
-        dist.all_reduce(sums)  # all ranks are data-parallel ranks until other axes arrive
+        dist.all_reduce(sums)
         return dict(zip(names, sums.unbind(), strict=True))
 
 

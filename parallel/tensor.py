@@ -1,11 +1,11 @@
 """Tensor parallelism with sequence parallelism (Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et al. 2022,
 arXiv:2205.05198), from the plan that a model declares.
 
-Inside a region (attention, feed-forward) every rank has all tokens and some of the features or heads; between regions it
-has some of the tokens and all features. Entering gathers the sequence, leaving adds up the ranks' partial sums and keeps
-the rank's tokens: in the backward pass the two change places. Shared weights are DTensors, computation is on this rank's
-part. Every other parameter is held whole, has seen a part of the tokens or heads, and its gradients are added up over
-the ranks once a step.
+Inside a region (attention, feed-forward) every rank has all tokens and some of the features or heads; between regions
+it has some of the tokens and all features. Entering gathers the sequence, leaving adds up the ranks' partial sums and
+keeps the rank's tokens: in the backward pass the two change places. Shared weights are DTensors, computation is on this
+rank's part. Every other parameter is held whole, has seen a part of the tokens or heads, and its gradients are added up
+over the ranks once a step.
 
 Shape suffixes: B sequences, L tokens of the sequence, l tokens of this rank, N features, V vocabulary, v rows here.
 """
@@ -55,10 +55,12 @@ class Tensors:
             module.forward = _Row(module, first=self.rank == 0)
             self._shard(module, "weight", 1)
         for _, module in chosen(model, plan.vocabulary):
-            rows = module.weight.shape[0]  # type: ignore[union-attr]
+            assert isinstance(module.weight, Tensor)
+            first = rows_before(module.weight.shape[0], self.ranks, self.rank)
             if isinstance(module, nn.Embedding):
-                module.forward = _Lookup(module, self, rows_before(rows, self.ranks, self.rank))  # type: ignore[method-assign]
+                module.forward = _Lookup(module, self, first)  # type: ignore[method-assign, assignment]
             self._shard(module, "weight", 0)
+            model.share_vocabulary(first, self.group)  # type: ignore[operator]
         for _, module in chosen(model, plan.regions):
             module.register_forward_pre_hook(self._entered)
             module.register_forward_hook(self._left)

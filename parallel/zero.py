@@ -96,8 +96,8 @@ class Sharded:
         root.set_reshard_after_backward(last or self.stage.drop_parameters)
 
     def reduce(self) -> None:
-        """Add up the gradients over the ranks after backward passes none of which was the last: FSDP2 does so at the end
-        of a unit's backward pass, and the gradients of deferred weights came after it. (torch's own pipelines end so.)
+        """Add up the gradients over the ranks after backward passes none of which was the last. FSDP2 does so at the
+        end of a unit's backward pass; gradients of deferred weights come after it. (torch's own pipelines end so.)
         """
         self.accumulate(last=True)
         states = [unit._get_fsdp_state() for unit in self.units]

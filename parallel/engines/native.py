@@ -3,7 +3,7 @@
 A step is the same on every layout: gradients of *sums* are added over micro-batches and ranks, and divided once, by
 the weight of the whole step, together with clipping, inside the optimizer's kernel. Nothing in it waits for the device.
 
-Shape suffixes: B sequences, L tokens.
+Shape suffixes: B sequences, L tokens, l tokens of this rank, N features.
 """
 
 import os
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -21,15 +22,16 @@ from conf.errors import LongrunError
 from conf.registry import register
 from parallel.distributed import World
 from parallel.ema import Average
-from parallel.engine import LossTerms, Outputs, Settings, StepResult
+from parallel.engine import Outputs, Settings, StepResult
 from parallel.layout import Layout
 from parallel.mesh import Mesh
+from parallel.pipeline import Part, Pipeline
+from parallel.place import Placement
 from parallel.precision import compute_dtype
 from parallel.random import dropout_keys
 from parallel.reduce import Sums, means, squared_norm
 from parallel.spikes import Spikes
-from parallel.whole import Whole
-from parallel.zero import Sharded
+from parallel.view import View, view_of
 
 
 class EngineError(LongrunError):
@@ -61,13 +63,14 @@ class Native:
 
         Args:
             model: has `blocks`, the parts that are sharded and compiled one by one; forward as `Decoder`'s. Changed in
-                place. On the meta device it is given storage here, shard by shard, and `initialise` fills it.
+                place. On the meta device it is given storage here, shard by shard, and `initialise` fills it. Beyond
+                data parallelism it declares its `plan`, and can be cut by `part`.
             layout: sizes of the mesh axes.
             optimizer: given the placed model, makes its optimizer, which follows torch's protocol for gradients that
                 are scaled by the step (attributes `grad_scale` and `found_inf`), as AdamW(fused=True) does.
             world: from `parallel.distributed.start()`.
             settings: precision, clipping, averages and so on.
-            initialise: fills the parameters of a model that was built on the meta device.
+            initialise: fills the parameters of a model that was built on the meta device, or of a part of it.
 
         Raises:
             EngineError: the optimizer does not follow the protocol, or a model on the meta device has no `initialise`.
@@ -75,26 +78,15 @@ class Native:
         if settings.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        blocks = getattr(model, "blocks", None)
-        if not isinstance(blocks, nn.ModuleList):
+        if not isinstance(getattr(model, "blocks", None), nn.ModuleList):
             raise EngineError(f"{type(model).__name__} has no ModuleList `blocks`, the parts to shard one by one.")
-        on_meta = any(p.is_meta for p in model.parameters())
-        if on_meta and initialise is None:
+        if initialise is None and any(p.is_meta for p in model.parameters()):
             raise EngineError("the model is on the meta device: pass initialise=, which fills its parameters.")
-        if not on_meta:
-            model.to(world.device)
-        if settings.compile:
-            for block in blocks:
-                block.compile()
+        mesh = Mesh(layout, world.device)
         compute = compute_dtype(settings.precision, world.device)
-        placed: Sharded | Whole | None = None
-        if layout.dp > 1:
-            placed = Sharded(model, blocks, Mesh(layout, world.device).data, layout.zero, compute)
-        if on_meta and initialise is not None:
-            model.to_empty(device=world.device)
-            initialise(model)
-        made = optimizer(model)  # before Whole, whose copies are nothing to optimise
-        return NativeEngine(placed or Whole(model, compute), layout, made, world, settings, self.ema_debias)
+        placement = Placement(model, layout, mesh, world.device, compute, settings, initialise, optimizer)
+        width = getattr(model, "width", 0)
+        return NativeEngine(placement, width, mesh, world, compute, settings, self.ema_debias)
 
 
 class NativeEngine:
@@ -103,31 +95,39 @@ class NativeEngine:
     Attributes:
         device: where this rank computes.
         dp_rank, dp_size: which part of each global batch is this rank's.
+        parts: the pipeline stages of this rank.
+        parameters: of all parts, by name.
     """
 
     def __init__(
         self,
-        placed: Sharded | Whole,
-        layout: Layout,
-        optimizer: Optimizer,
+        placement: Placement,
+        width: int,
+        mesh: Mesh,
         world: World,
+        compute: torch.dtype,
         settings: Settings,
         ema_debias: bool,
     ):
+        layout, optimizer = placement.layout, placement.optimizer
         if not getattr(optimizer, "_step_supports_amp_scaling", False):
             raise EngineError(
                 f"{type(optimizer).__name__} does not take grad_scale and found_inf, which scale and skip an update on "
                 "the device: use a fused optimizer of torch (AdamW(fused=True)), or give yours these two attributes."
             )
         self.device = world.device
-        self.dp_rank, self.dp_size = world.rank, layout.dp
-        self.model = placed.model
-        self.placed = placed
+        self.dp_rank, self.dp_size = mesh.dp_rank, layout.dp
+        self.placement = placement
+        self.parts = placement.parts
+        self.parameters = placement.parameters
         self.optimizer = optimizer
         self.settings = settings
-        self.replicas = layout.dp if layout.zero == 0 else layout.dp_replicate
+        self.width = width
+        self.layout, self.mesh = layout, mesh
         self.rank = world.rank
-        self.parameters = placed.parameters
+        self.compute = compute
+        self.pipeline = Pipeline(self.parts, layout, mesh.axes["pp"].get_group(), world.device)
+        self._metrics: dict[type, list[str]] = {}
         self.spikes = Spikes(settings.skip_spikes, settings.spike_window, self.device)
         self.steps = torch.zeros((), dtype=torch.int64)  # on the CPU: reading it waits for nobody
         for group in optimizer.param_groups:
@@ -137,32 +137,77 @@ class NativeEngine:
 
     def _make_moments(self) -> None:
         """A first, skipped update: moments exist from here on, and everything is as it was."""
-        for parameter in self.parameters.values():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
+        for part in self.parts:
+            for parameter in part.placed.parameters.values():
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
         self._update(scale=torch.ones((), device=self.device), skipped=torch.ones((), device=self.device), factor=0.0)
 
     def train_step(self, micro_batches: Sequence[Any], objective: Any, learning_rate_factor: float) -> StepResult:
         """Forward, backward, clip, update; see `Engine.train_step`."""
-        self.model.train()
-        sums = Sums(self.device)
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            self.placed.accumulate(last=number == len(micro_batches))
-            terms = self._terms(micro_batch, objective, training=True)
-            terms.total.backward()
-            sums.add(terms)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        # Replicas hold the same shards, so each contributes its part of the sum only.
-        totals = sums.over_ranks(squares=squared_norm(gradients) / self.replicas)
+        for part in self.parts:
+            part.model.train()
+        sums = self._pass(micro_batches, objective, training=True)
+        self.placement.add_up()
+        totals = self._totals(sums, objective, squares=self._squares())
         loss, metrics = means(totals)
         norm = (totals["squares"].sqrt() / totals["weight"]).float()
         skipped = self.spikes.judge(loss, norm)
-        share = (self.settings.clip / (norm + 1e-6)).clamp(max=1) if self.settings.clip else torch.ones_like(norm)
+        clip = self.settings.clip
+        share = (clip / (norm + 1e-6)).clamp(max=1) if clip else torch.ones_like(norm)
         self._update(scale=totals["weight"].float() / share, skipped=skipped, factor=learning_rate_factor)
         if self.ema:
             self.ema.update(skipped)
         self.steps += 1
         return StepResult(loss, totals["weight"], norm, skipped, metrics)
+
+    def _pass(self, micro_batches: Sequence[Any], objective: Any, training: bool) -> Sums:
+        """Forward, and backward where training; the sums of what this rank answers for."""
+        sums = Sums(self.device)
+        views = [self._view(micro_batch, objective, training) for micro_batch in micro_batches]
+
+        def forward(part: Part, number: int, hidden_BlN: Tensor | None) -> Tensor:
+            view = views[number]
+            answer = view.through(part.model, hidden_BlN)
+            if part.stage < self.pipeline.stages - 1:
+                return answer
+            terms = objective.loss(Outputs(view.whole(answer)), view.batch)
+            sums.add(terms, counts=self.mesh.counts)
+            return terms.total
+
+        run = self.pipeline.train if training else self.pipeline.infer
+        run(len(views), forward, lambda number: self._stream(views[number]), self.compute)
+        return sums
+
+    def _view(self, micro_batch: Any, objective: Any, training: bool) -> View:
+        batch = micro_batch.to(self.device)
+        keys_B = dropout_keys(self.settings.seed, int(self.steps), batch.samples_B) if training else None
+        return view_of(batch, self.layout, self.mesh, causal=objective.causal, dropout_keys_B=keys_B)
+
+    def _stream(self, view: View) -> tuple[int, ...]:
+        """Shape of the hidden states between stages."""
+        sequences, tokens = view.tokens_Bl.shape
+        return sequences, tokens // self.layout.tp, self.width
+
+    def _totals(self, sums: Sums, objective: Any, **more: Tensor) -> dict[str, Tensor]:
+        """Summed over all ranks. Only the last stage knows the objective's metrics: it tells the others, once."""
+        if self.layout.pp > 1:
+            kind = type(objective)
+            if kind not in self._metrics:
+                told = [sorted(sums.terms)]
+                dist.broadcast_object_list(told, group=self.pipeline.group, group_src=self.pipeline.last)
+                self._metrics[kind] = told[0]
+            sums.expect(self._metrics[kind])
+        return sums.over_ranks(**more)
+
+    def _squares(self) -> Tensor:
+        """This rank's share of the squared norm: what several ranks hold, each counts in part."""
+        by_copies: dict[int, list[Tensor]] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None and name not in self.placement.counted_elsewhere:
+                by_copies.setdefault(self.placement.copies(name), []).append(parameter.grad)
+        squares = [squared_norm(gradients) / copies for copies, gradients in by_copies.items()]
+        return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=self.device)
 
     def _update(self, scale: Tensor, skipped: Tensor, factor: float) -> None:
         """One optimizer step with gradients divided by `scale`; none where `skipped` is 1."""
@@ -172,57 +217,60 @@ class NativeEngine:
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.placed.changed()
+        self._changed()
 
-    def _terms(self, micro_batch: Any, objective: Any, training: bool) -> LossTerms:
-        micro_batch = micro_batch.to(self.device)
-        keys_B = dropout_keys(self.settings.seed, int(self.steps), micro_batch.samples_B) if training else None
-        logprobs_BL = self.model(
-            micro_batch.tokens_BL,
-            micro_batch.positions_BL,
-            micro_batch.documents_BL,
-            micro_batch.labels_BL,
-            causal=objective.causal,
-            dropout_keys_B=keys_B,
-        )
-        return objective.loss(Outputs(logprobs_BL), micro_batch)
+    def _changed(self) -> None:
+        for part in self.parts:
+            part.placed.changed()
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Any], objective: Any, ema: bool = False) -> StepResult:
         """Means over the micro-batches of all ranks, of which each rank has the same number."""
-        sums = Sums(self.device)
         with self._inference(ema):
-            for micro_batch in micro_batches:
-                sums.add(self._terms(micro_batch, objective, training=False))
-        totals = sums.over_ranks()
+            sums = self._pass(micro_batches, objective, training=False)
+        totals = self._totals(sums, objective)
         loss, metrics = means(totals)
         return StepResult(loss, totals["weight"], torch.full_like(loss, torch.nan), torch.zeros_like(loss), metrics)
 
     @torch.no_grad()
     def logprobs(self, micro_batch: Any) -> Tensor:
         """logprobs_BL of this rank's micro-batch, causal, without gradients or dropout."""
-        micro_batch = micro_batch.to(self.device)
+        view = view_of(micro_batch.to(self.device), self.layout, self.mesh, causal=True)
+        logprobs_BL = torch.zeros(micro_batch.tokens_BL.shape, device=self.device)
+
+        def forward(part: Part, number: int, hidden_BlN: Tensor | None) -> Tensor:
+            answer = view.through(part.model, hidden_BlN)
+            if part.stage == self.pipeline.stages - 1:
+                logprobs_BL.copy_(view.whole(answer))
+            return answer
+
         with self._inference(ema=False):
-            return self.model(
-                micro_batch.tokens_BL, micro_batch.positions_BL, micro_batch.documents_BL, micro_batch.labels_BL
-            )
+            self.pipeline.infer(1, forward, lambda _: self._stream(view), self.compute)
+        return self.pipeline.from_last(logprobs_BL)
 
     @contextmanager
     def _inference(self, ema: bool) -> Iterator[None]:
-        if ema and not self.ema:
-            raise EngineError("ema=True, but the engine keeps no average: set stage.ema to a decay such as 0.999.")
-        average = self.ema if ema else None
-        self.model.eval()
+        average = self._average() if ema else None
+        for part in self.parts:
+            part.model.eval()
         if average:
             average.swap()
-            self.placed.changed()
+            self.placement.copy_twins()
+            self._changed()
         try:
             yield
         finally:
-            self.placed.release()
+            for part in self.parts:
+                part.placed.release()
             if average:
                 average.swap()
-                self.placed.changed()
+                self.placement.copy_twins()
+                self._changed()
+
+    def _average(self) -> Average:
+        if not self.ema:
+            raise EngineError("ema=True, but the engine keeps no average: set stage.ema to a decay such as 0.999.")
+        return self.ema
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors; see `Engine.state`. `engine.steps` counts steps, `engine.ema_updates` the average's."""
@@ -236,16 +284,21 @@ class NativeEngine:
 
     def loaded(self) -> None:
         """What was gathered before is stale."""
-        self.placed.changed()
+        self.placement.copy_twins()
+        self._changed()
 
     @torch.no_grad()
     def weights(self, ema: bool = False) -> dict[str, Tensor]:
         """Full fp32 weights on the CPU of rank 0. The others help to gather, one tensor at a time, and keep nothing."""
-        if ema and not self.ema:
-            raise EngineError("ema=True, but the engine keeps no average: set stage.ema to a decay such as 0.999.")
         full = {}
-        for name, tensor in (self.ema.tensors if ema and self.ema else self.parameters).items():
+        tensors = self._average().tensors if ema else self.parameters
+        first_of_stage = self.rank % (self.layout.world_size // self.layout.pp) == 0
+        for name, tensor in tensors.items():
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if self.rank == 0:
+            if first_of_stage:
                 full[name] = whole.detach().to("cpu", torch.float32, copy=True)
-        return full
+        if self.layout.pp == 1:
+            return full
+        everyone: list[Any] = [None] * self.layout.world_size
+        dist.gather_object(full, everyone if self.rank == 0 else None)
+        return {name: w for part in everyone for name, w in part.items()} if self.rank == 0 else {}

@@ -278,8 +278,14 @@ class Decoder(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """head_VN: the output matrix."""
-        return self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight
+        """head_VN: the output matrix, or those of its rows that are here."""
+        weight = self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight
+        return weight.to_local() if isinstance(weight, DTensor) else weight
+
+    @property
+    def width(self) -> int:
+        """Features of the hidden states that one part hands to the next."""
+        return self.config.hidden
 
     def forward(
         self,

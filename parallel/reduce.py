@@ -1,6 +1,7 @@
 """Figures of a step, summed over micro-batches and ranks with one collective and without waiting for the device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -8,6 +9,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from parallel.engine import LossTerms
+
+P = TypeVar("P", bound=Tensor)
 
 
 class Sums:
@@ -52,6 +55,14 @@ def local_of(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor; it shares the tensor's memory."""
     with torch.no_grad():
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def by_mesh(parameters: Iterable[P]) -> list[list[P]]:
+    """Parameters in groups that live on the same mesh, or on none; at least one group: an optimizer's kernel takes one kind at a time."""
+    groups: dict[Any, list[P]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return list(groups.values()) or [[]]
 
 
 def squared_norm(gradients: list[Tensor]) -> Tensor:

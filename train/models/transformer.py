@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -24,7 +25,7 @@ from parallel.plan import Plan
 from train.models.attention import BACKENDS, Visibility, attention, visibility
 from train.models.cache import Cache, LayerCache
 from train.models.dropout import dropout, keys_of_layers
-from train.models.logprobs import logprobs
+from train.models.logprobs import VocabularyShard, logprobs
 from train.models.norm import RMSNorm
 from train.models.rope import SCALINGS, Rope, rotate
 from train.models.seeds import derived_seed
@@ -197,9 +198,9 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
     ) -> Tensor:
         attended_BLN = self.self_attn(self.input_layernorm(x_BLN), context, cache)
-        x_BLN = x_BLN + dropout(attended_BLN, self.dropout, dropout_keys_B, site=0)
+        x_BLN = x_BLN + dropout(attended_BLN, self.dropout, dropout_keys_B, site=0, index_L=context.index_L)
         fed_BLN = self.mlp(self.post_attention_layernorm(x_BLN), context)
-        return x_BLN + dropout(fed_BLN, self.dropout, dropout_keys_B, site=1)
+        return x_BLN + dropout(fed_BLN, self.dropout, dropout_keys_B, site=1, index_L=context.index_L)
 
 
 class Backbone(nn.Module):
@@ -236,6 +237,7 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden, vocabulary, bias=False)
         self.reads_tokens = self.answers = True
         self.slice_sequence = _all
+        self.vocabulary_shard: VocabularyShard | None = None
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -276,6 +278,15 @@ class Decoder(nn.Module):
             setattr(owner, name, None)
         return part
 
+    def share_vocabulary(self, first: int, group: dist.ProcessGroup) -> None:
+        """To be called where this rank has some rows of the embedding and the head only.
+
+        Args:
+            first: token id of the first of them.
+            group: the ranks that share them.
+        """
+        self.vocabulary_shard = VocabularyShard(first, group)
+
     @property
     def head(self) -> Tensor:
         """head_VN: the output matrix, or those of its rows that are here."""
@@ -312,7 +323,7 @@ class Decoder(nn.Module):
             return hidden_BLN
         if labels_BL is None:
             return F.linear(hidden_BLN, self.head)
-        return logprobs(hidden_BLN, self.head, labels_BL)
+        return logprobs(hidden_BLN, self.head, labels_BL, self.vocabulary_shard)
 
     def hidden(
         self,
@@ -349,7 +360,7 @@ class Decoder(nn.Module):
         rotation = config.rope.rotation(positions_BL, config.head_dim, x_BLN.dtype)
         context = Context(rotation, visible, documents_BL, self.slice_sequence(index_L), sequence_weights_B)
         if self.reads_tokens:
-            x_BLN = dropout(x_BLN, config.dropout, keys[-1], site=0)
+            x_BLN = dropout(x_BLN, config.dropout, keys[-1], site=0, index_L=context.index_L)
         for layer, block in enumerate(self.blocks):
             if block is not None:
                 x_BLN = block(x_BLN, context, keys[layer], None if cache is None else cache.layers[layer])

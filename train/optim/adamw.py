@@ -8,6 +8,7 @@ from torch import nn
 
 from conf.errors import Problem
 from conf.registry import register
+from parallel.reduce import by_mesh
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -41,8 +42,8 @@ class AdamW:
         """The optimizer of all parameters that train."""
         decayed, others = split_by_decay(model)
         groups: list[dict[str, Any]] = [
-            {"params": list(decayed.values()), "weight_decay": self.weight_decay},
-            {"params": list(others.values()), "weight_decay": 0.0},
+            *({"params": alike, "weight_decay": self.weight_decay} for alike in by_mesh(decayed.values())),
+            *({"params": alike, "weight_decay": 0.0} for alike in by_mesh(others.values())),
         ]
         return torch.optim.AdamW(
             groups,

@@ -19,7 +19,7 @@ from conf.errors import Problem
 from conf.registry import register
 from parallel.matrices import map_whole
 from parallel.precision import PRECISIONS, has_native_bf16
-from parallel.reduce import local_of
+from parallel.reduce import by_mesh, local_of
 from train.optim.adamw import adam_problems, split_by_decay
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ class Muon:
         matrices = [p for p in decayed.values() if id(p) in hidden]
         rest = [p for p in decayed.values() if id(p) not in hidden]
         adam: list[dict[str, Any]] = [
-            {"params": rest, "weight_decay": self.weight_decay},
-            {"params": list(others.values()), "weight_decay": 0.0},
+            *({"params": alike, "weight_decay": self.weight_decay} for alike in by_mesh(rest)),
+            *({"params": alike, "weight_decay": 0.0} for alike in by_mesh(others.values())),
         ]
         return MuonWithAdamW(
             matrices,

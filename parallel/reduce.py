@@ -58,7 +58,8 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def by_mesh(parameters: Iterable[P]) -> list[list[P]]:
-    """Parameters in groups that live on the same mesh, or on none; at least one group: an optimizer's kernel takes one kind at a time."""
+    """Parameters in groups that live on the same mesh, or on none: an optimizer's kernel takes one kind at a time. At
+    least one group, if empty."""
     groups: dict[Any, list[P]] = {}
     for parameter in parameters:
         groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)

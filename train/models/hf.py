@@ -1,4 +1,5 @@
-"""Hugging Face directories in and out: `config.json` and safetensors of the Llama, Qwen2, Qwen3 and SmolLM2 families.
+"""Hugging Face directories in and out: `config.json` and safetensors of the Llama, Qwen2, Qwen3 and SmolLM2 families, and
+of their relatives with experts.
 
 Nothing here imports transformers. Pickled weights are never opened: they can run code.
 """
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from conf.errors import LongrunError
+from train.models import hf_experts
+from train.models.moe import MoE
 from train.models.rope import Rope
 from train.models.transformer import DecoderConfig
 
@@ -24,7 +27,12 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    **hf_experts.ARCHITECTURES,
+}
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -38,8 +46,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logits_scaling": (1.0,),
     "quantization_config": (),
     "no_rope_layers": (),
-    "num_experts": (0,),
-    "num_local_experts": (0,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
 }
@@ -85,9 +91,19 @@ def read_config(directory: str | Path) -> DecoderConfig:
     for key, neutral in NEUTRAL.items():
         if content.get(key) is not None and content[key] not in neutral:
             problems.append(f"{key}={content[key]!r} is not supported{f', only {neutral[0]!r}' if neutral else ''}")
+    sparse = kind in hf_experts.ARCHITECTURES
+    for key in () if sparse else ("num_experts", "num_local_experts"):
+        if content.get(key):
+            problems.append(f"{key}={content[key]!r} is not supported, only 0")
+    layers = content.get("num_hidden_layers", 0)
+    # Others say by another key whether the window counts.
+    windowed = kind == "mixtral" or (kind == "dots1" and content.get("max_window_layers", layers) < layers)
+    if windowed and content.get("sliding_window"):
+        problems.append(f"sliding_window={content['sliding_window']!r} is not supported, only null")
     if set(content.get("layer_types") or ["full_attention"]) != {"full_attention"}:
         problems.append(f"layer_types={content['layer_types']!r} is not supported, only 'full_attention'")
     rope = _rope(content, problems)
+    moe = hf_experts.read_experts(kind, content, problems) if sparse else MoE()
     if problems:
         raise HuggingFaceError(f"{directory / CONFIG} cannot be read:\n  " + "\n  ".join(problems))
 
@@ -103,10 +119,11 @@ def read_config(directory: str | Path) -> DecoderConfig:
         rope=rope,
         norm_eps=content.get("rms_norm_eps", 1e-6),
         tied=bool(content.get("tie_word_embeddings", False)),
-        qkv_bias=kind == "qwen2" or bias,
-        output_bias=kind != "qwen2" and bias,
+        qkv_bias=kind == "qwen2" or (bool(content.get("qkv_bias", True)) if kind == "qwen2_moe" else bias),
+        output_bias=kind not in ("qwen2", "qwen2_moe") and bias,
         mlp_bias=kind == "llama" and bool(content.get("mlp_bias", False)),
-        qk_norm=kind == "qwen3",
+        qk_norm=kind in ("qwen3", "qwen3_moe", "dots1"),
+        moe=moe,
         max_positions=content.get("max_position_embeddings", 2048 if kind == "llama" else 32768),
     )
 
@@ -152,7 +169,8 @@ def read_weights(directory: str | Path, config: DecoderConfig) -> dict[str, Tens
     from safetensors import SafetensorError, safe_open
 
     directory = Path(directory)
-    expected = _expected(config, _read_json(directory / CONFIG)["vocab_size"])
+    whole = _expected(config, _read_json(directory / CONFIG)["vocab_size"])
+    expected = {n: (s if len(ns) == 1 else s[1:]) for name, s in whole.items() for ns in [stored_names(config, name)] for n in ns}
     weights: dict[str, Tensor] = {}
     problems: list[str] = []
     found: set[str] = set()
@@ -190,7 +208,15 @@ def read_weights(directory: str | Path, config: DecoderConfig) -> dict[str, Tens
             + "\n  ".join(sorted(problems))
             + "\nCopy the directory again, or mend its configuration."
         )
-    return {name: weights[name] for name in expected}
+    out = {}
+    for name in whole:
+        ns = stored_names(config, name)
+        out[name] = weights[ns[0]] if len(ns) == 1 else torch.stack([weights[n] for n in ns])
+    return out
+
+
+def stored_names(config, name):
+    return hf_experts.stored_names(architecture(config), name, config.moe.experts)
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -269,6 +295,11 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     for stale in [directory / CONFIG, directory / INDEX, *directory.glob("model*.safetensors")]:
         stale.unlink(missing_ok=True)
+    flat = {}
+    for name in expected:
+        ns = stored_names(config, name)
+        flat |= {ns[0]: weights[name]} if len(ns) == 1 else dict(zip(ns, weights[name].unbind()))
+    weights, expected = flat, list(flat)
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for name in expected:
@@ -298,6 +329,14 @@ def architecture(config: DecoderConfig) -> str:
     Raises:
         HuggingFaceError: none has.
     """
+    if config.moe.experts:
+        kind = hf_experts.architecture(config)
+        if kind is None:
+            raise HuggingFaceError(
+                f"No Hugging Face architecture has these together: qk_norm={config.qk_norm}, qkv_bias={config.qkv_bias}, "
+                f"output_bias={config.output_bias}, mlp_bias={config.mlp_bias}, {hf_experts.features(config)}"
+            )
+        return kind
     biases = (config.qkv_bias, config.output_bias)
     if config.qk_norm and biases in ((False, False), (True, True)) and not config.mlp_bias:
         return "qwen3"
@@ -346,6 +385,8 @@ def _config_json(config: DecoderConfig, weights: Mapping[str, Tensor], tokenizer
         "pad_token_id": tokenizer.pad,
         "dtype": str(weights[EMBEDDING].dtype).removeprefix("torch."),
     }
+    if config.moe.experts:
+        return content | hf_experts.written(kind, config)
     if kind != "qwen2":
         content["attention_bias"] = config.qkv_bias
     if kind == "llama":
@@ -359,7 +400,7 @@ def _expected(config: DecoderConfig, vocabulary: int) -> dict[str, tuple[int, ..
     """Name -> shape of every parameter."""
     with torch.device("meta"):
         model = config.build(vocabulary)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -25,7 +25,9 @@ from parallel.plan import Plan
 from train.models.attention import BACKENDS, Visibility, attention, visibility
 from train.models.cache import Cache, LayerCache
 from train.models.dropout import dropout, keys_of_layers
+from train.models.feed_forward import FeedForward
 from train.models.logprobs import VocabularyShard, logprobs
+from train.models.moe import MixtureOfExperts, MoE, token_weights
 from train.models.norm import RMSNorm
 from train.models.rope import SCALINGS, Rope, rotate
 from train.models.seeds import derived_seed
@@ -53,6 +55,7 @@ class DecoderConfig:
         output_bias: the attention's output projection has a bias.
         mlp_bias: the feed-forward's projections have a bias.
         qk_norm: normalise each query and key head before the rotation (Qwen3).
+        moe: experts in place of feed-forwards; by default there are none.
         dropout: share of features dropped from the embedding and from each block's two outputs while training.
         max_positions: longest context the model is meant for, in tokens; written for those who serve it.
         attention: kernel: "auto", "sdpa", "flex" or "flash" (needs the package flash-attn).
@@ -71,6 +74,7 @@ class DecoderConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    moe: MoE = field(default_factory=MoE)
     dropout: float = 0.0
     max_positions: int = 2048
     attention: str = "auto"
@@ -94,7 +98,7 @@ class DecoderConfig:
             found.append(Problem("model.attention", self.attention, f"one of {', '.join(BACKENDS)}"))
         if self.rope.scaling not in SCALINGS:
             found.append(Problem("model.rope.scaling", self.rope.scaling, f"one of {', '.join(SCALINGS)}"))
-        return found
+        return found + self.moe.problems(self.layers)
 
     def build(self, vocabulary: int) -> "Decoder":
         """The model, uninitialised: call `initialise`, or load weights. May be called under torch.device("meta")."""
@@ -107,12 +111,14 @@ class DecoderConfig:
 
     def flops_per_token(self, sequence_length: int, vocabulary: int) -> float:
         """Floating-point operations of forward and backward per token, for MFU: 6 per weight of a matrix product (the
-        head is one, the embedding look-up is none), and 6 x sequence_length x attention width per layer, counting only
+        head is one, the embedding look-up is none; of experts, those that a token is sent to), and 6 x sequence_length x attention width per layer, counting only
         the causal half of the attention. Recomputation and norms are not counted."""
         attention_width = self.heads * self.head_dim
         projections = self.hidden * (2 * attention_width + 2 * self.kv_heads * self.head_dim)
-        block = projections + 3 * self.hidden * self.intermediate
-        matrices = self.layers * block + vocabulary * self.hidden
+        sparse = sum(self.moe.sparse(layer) for layer in range(self.layers))
+        dense = (self.layers - sparse) * 3 * self.hidden * self.intermediate
+        experts = sparse * self.moe.active_weights(self.hidden)
+        matrices = self.layers * projections + dense + experts + vocabulary * self.hidden
         return 6.0 * matrices + 6.0 * self.layers * sequence_length * attention_width
 
 
@@ -124,16 +130,14 @@ class Context:
     Args:
         rotation: cos_BL1E and sin_BL1E of the positions.
         visible: what each token sees.
-        documents_BL: document of each token; padding is -1.
         index_L: place in the sequence of each token of the residual stream: keys its dropout.
-        sequence_weights_B: share of the step's weight that each sequence stands for; None outside of training.
+        token_weights_BL: weight of each token in what blocks add to the loss, 0 for padding; None outside of training.
     """
 
     rotation: tuple[Tensor, Tensor]
     visible: Visibility
-    documents_BL: Tensor
     index_L: Tensor
-    sequence_weights_B: Tensor | None = None
+    token_weights_BL: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -166,27 +170,23 @@ class Attention(nn.Module):
         return self.o_proj(self.attend(q_BLHD, k_BLKD, v_BLKD, context.visible).flatten(2))
 
 
-class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
-
-    def __init__(self, config: DecoderConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden, config.intermediate, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden, config.intermediate, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate, config.hidden, bias=config.mlp_bias)
-
-    def forward(self, x_BLN: Tensor, context: Context) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BLN)) * self.up_proj(x_BLN))
-
-
 class Block(nn.Module):
-    """One layer. It does not know which: all blocks then share one compiled graph."""
+    """One layer. It does not know which: all blocks of a kind then share one compiled graph.
 
-    def __init__(self, config: DecoderConfig):
+    Args:
+        config: of the decoder.
+        sparse: whether it has experts.
+    """
+
+    def __init__(self, config: DecoderConfig, sparse: bool):
         super().__init__()
         self.dropout = config.dropout
         self.self_attn = Attention(config)
-        self.mlp = FeedForward(config)
+        self.mlp: nn.Module = (
+            MixtureOfExperts(config.moe, config.hidden)
+            if sparse
+            else FeedForward(config.hidden, config.intermediate, bias=config.mlp_bias)
+        )
         self.input_layernorm = RMSNorm(config.hidden, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps)
 
@@ -209,7 +209,7 @@ class Backbone(nn.Module):
     def __init__(self, config: DecoderConfig, vocabulary: int):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocabulary, config.hidden)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Block(config, config.moe.sparse(n)) for n in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
 
 
@@ -358,7 +358,11 @@ class Decoder(nn.Module):
         if index_L is None:
             index_L = torch.arange(positions_BL.shape[1], device=positions_BL.device)
         rotation = config.rope.rotation(positions_BL, config.head_dim, x_BLN.dtype)
-        context = Context(rotation, visible, documents_BL, self.slice_sequence(index_L), sequence_weights_B)
+        weights_BL = None
+        if sequence_weights_B is not None:
+            whole_BS = documents_BL if key_documents_BS is None else key_documents_BS
+            weights_BL = token_weights(documents_BL, whole_BS, sequence_weights_B)
+        context = Context(rotation, visible, self.slice_sequence(index_L), weights_BL)
         if self.reads_tokens:
             x_BLN = dropout(x_BLN, config.dropout, keys[-1], site=0, index_L=context.index_L)
         for layer, block in enumerate(self.blocks):
@@ -377,7 +381,8 @@ def initialise(model: Decoder, seed: int) -> None:
 
     Matrices are normal with standard deviation 0.02; those that write into the residual stream (`o_proj`, `down_proj`)
     have 0.02 / sqrt(2 layers), so that its variance does not grow with depth (Radford et al. 2019, GPT-2, section
-    2.3). Norms are 1, biases 0. A model built on the meta device must have storage first: `model.to_empty(device=...)`.
+    2.3). Norms are 1, biases and buffers 0. A model built on the meta device must have storage first:
+    `model.to_empty(device=...)`.
 
     Args:
         model: parameters may be DTensors; every rank draws the whole tensor and keeps its part.
@@ -390,7 +395,7 @@ def initialise(model: Decoder, seed: int) -> None:
         elif name.endswith(".bias"):
             full.zero_()
         else:
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
             std = 0.02 / math.sqrt(2 * model.config.layers) if residual else 0.02
             full.normal_(0.0, std, generator=torch.Generator().manual_seed(derived_seed(seed, name)))
         if isinstance(parameter, DTensor):
@@ -398,3 +403,5 @@ def initialise(model: Decoder, seed: int) -> None:
             parameter.copy_(distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None))
         else:
             parameter.copy_(full)
+    for buffer in model.buffers():
+        buffer.zero_()

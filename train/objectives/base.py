@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from data_pipeline.batch import IGNORED, MicroBatch, PreferenceBatch, Samples
 from parallel.engine import Engine, LossTerms, Outputs
@@ -51,6 +52,11 @@ class Objective:
     def loss(self, outputs: Outputs, micro_batch: MicroBatch) -> LossTerms:
         """Sum of the losses of one micro-batch and the number of terms."""
         raise NotImplementedError
+
+    def sequence_weights_B(self, micro_batch: MicroBatch) -> Tensor:
+        """How much of the loss's weight each sequence stands for, fp32: what a model adds of its own (the balance of
+        experts) is weighted so. As many as it has labels."""
+        return (micro_batch.labels_BL != IGNORED).sum(-1).float()
 
 
 class CrossEntropy(Objective):

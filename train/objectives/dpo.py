@@ -85,6 +85,10 @@ class DPO(Objective):
             },
         )
 
+    def sequence_weights_B(self, micro_batch: MicroBatch) -> Tensor:
+        """Half a pair each."""
+        return torch.full_like(micro_batch.samples_B, 0.5, dtype=torch.float32)
+
 
 class WithReference:
     """Preference samples that carry the reference model's log-probabilities.

@@ -14,6 +14,7 @@ from tests.ranks import run_ranks
 from train.models import attention
 from train.models.attention import AttentionError, visibility
 from train.models.dropout import dropout, random_bits
+from train.models.moe import MoE
 from train.models.rope import Rope
 from train.models.transformer import Decoder, DecoderConfig, initialise
 
@@ -240,9 +241,13 @@ def test_every_layer_drops_other_features():
     assert len({int(key) for keys_B in masks for key in keys_B}) == 4
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_counted_operations_are_those_of_the_formula(tied):
-    config = replace(CONFIG, tied=tied, attention="sdpa")
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tied": False}, {"moe": MoE(experts=5, active=2, intermediate=24, shared=16, shared_gate=True, first=1)}],
+    ids=["tied", "untied", "experts"],
+)
+def test_counted_operations_are_those_of_the_formula(changes):
+    config = replace(CONFIG, attention="sdpa", **changes)
     model, length = built(config), 16
     tokens_BL = tokens(2, length)
     with FlopCounterMode(display=False) as counter:

@@ -1,5 +1,5 @@
-"""Hugging Face directories in and out: `config.json` and safetensors of the Llama, Qwen2, Qwen3 and SmolLM2 families, and
-of their relatives with experts.
+"""Hugging Face directories in and out: `config.json` and safetensors of the Llama, Qwen2, Qwen3 and SmolLM2 families,
+and of their relatives with experts.
 
 Nothing here imports transformers. Pickled weights are never opened: they can run code.
 """
@@ -95,11 +95,6 @@ def read_config(directory: str | Path) -> DecoderConfig:
     for key in () if sparse else ("num_experts", "num_local_experts"):
         if content.get(key):
             problems.append(f"{key}={content[key]!r} is not supported, only 0")
-    layers = content.get("num_hidden_layers", 0)
-    # Others say by another key whether the window counts.
-    windowed = kind == "mixtral" or (kind == "dots1" and content.get("max_window_layers", layers) < layers)
-    if windowed and content.get("sliding_window"):
-        problems.append(f"sliding_window={content['sliding_window']!r} is not supported, only null")
     if set(content.get("layer_types") or ["full_attention"]) != {"full_attention"}:
         problems.append(f"layer_types={content['layer_types']!r} is not supported, only 'full_attention'")
     rope = _rope(content, problems)
@@ -131,7 +126,7 @@ def read_config(directory: str | Path) -> DecoderConfig:
 def _rope(content: Mapping[str, Any], problems: list[str]) -> Rope:
     """Both spellings: `rope_parameters` (transformers 5), and `rope_theta` beside `rope_scaling`."""
     told = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    theta = told.get("rope_theta") or content.get("rope_theta") or 10000.0
+    theta = told.get("rope_theta") or content.get("rope_theta") or hf_experts.ROPE_THETA.get(content["model_type"], 1e4)
     kind = told.get("rope_type") or told.get("type") or "default"
     if told.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append(f"partial_rotary_factor={told['partial_rotary_factor']!r} is not supported, only 1.0")
@@ -169,8 +164,7 @@ def read_weights(directory: str | Path, config: DecoderConfig) -> dict[str, Tens
     from safetensors import SafetensorError, safe_open
 
     directory = Path(directory)
-    whole = _expected(config, _read_json(directory / CONFIG)["vocab_size"])
-    expected = {n: (s if len(ns) == 1 else s[1:]) for name, s in whole.items() for ns in [stored_names(config, name)] for n in ns}
+    expected = _expected(config, _read_json(directory / CONFIG)["vocab_size"])
     weights: dict[str, Tensor] = {}
     problems: list[str] = []
     found: set[str] = set()
@@ -208,15 +202,7 @@ def read_weights(directory: str | Path, config: DecoderConfig) -> dict[str, Tens
             + "\n  ".join(sorted(problems))
             + "\nCopy the directory again, or mend its configuration."
         )
-    out = {}
-    for name in whole:
-        ns = stored_names(config, name)
-        out[name] = weights[ns[0]] if len(ns) == 1 else torch.stack([weights[n] for n in ns])
-    return out
-
-
-def stored_names(config, name):
-    return hf_experts.stored_names(architecture(config), name, config.moe.experts)
+    return {name: weights[name] for name in expected}
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -295,11 +281,6 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     for stale in [directory / CONFIG, directory / INDEX, *directory.glob("model*.safetensors")]:
         stale.unlink(missing_ok=True)
-    flat = {}
-    for name in expected:
-        ns = stored_names(config, name)
-        flat |= {ns[0]: weights[name]} if len(ns) == 1 else dict(zip(ns, weights[name].unbind()))
-    weights, expected = flat, list(flat)
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for name in expected:
@@ -333,8 +314,9 @@ def architecture(config: DecoderConfig) -> str:
         kind = hf_experts.architecture(config)
         if kind is None:
             raise HuggingFaceError(
-                f"No Hugging Face architecture has these together: qk_norm={config.qk_norm}, qkv_bias={config.qkv_bias}, "
-                f"output_bias={config.output_bias}, mlp_bias={config.mlp_bias}, {hf_experts.features(config)}"
+                f"No Hugging Face architecture has these together: qk_norm={config.qk_norm}, "
+                f"qkv_bias={config.qkv_bias}, output_bias={config.output_bias}, mlp_bias={config.mlp_bias}, "
+                f"{hf_experts.features(config)}"
             )
         return kind
     biases = (config.qkv_bias, config.output_bias)
@@ -400,7 +382,7 @@ def _expected(config: DecoderConfig, vocabulary: int) -> dict[str, tuple[int, ..
     """Name -> shape of every parameter."""
     with torch.device("meta"):
         model = config.build(vocabulary)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

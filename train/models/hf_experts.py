@@ -17,6 +17,9 @@ ARCHITECTURES = {
     "dots1": "Dots1ForCausalLM",
 }
 
+ROPE_THETA = {"mixtral": 1e6}
+"""Where a `config.json` says nothing and it is not 1e4."""
+
 RENAMED: dict[str, dict[str, str]] = {
     "mixtral": {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
     "dots1": {".shared_expert.": ".shared_experts."},
@@ -42,14 +45,16 @@ def read_experts(kind: str, content: Mapping[str, Any], problems: list[str]) -> 
         keys |= {"shared": "shared_expert_intermediate_size"}
     if kind == "dots1":
         keys |= {"experts": "n_routed_experts", "shared": "n_shared_experts"}
-    found = {ours: content.get(theirs) for ours, theirs in keys.items()}
-    if found["experts"] is None:  # transformers 5 has one name for all
-        found["experts"] = content.get("num_local_experts")
-    missing = [f"{keys[ours]} is missing" for ours, value in found.items() if not isinstance(value, int)]
+    sizes: dict[str, Any] = {ours: content.get(theirs) for ours, theirs in keys.items()}
+    if sizes["experts"] is None:  # transformers 5 has one name for all
+        sizes["experts"] = content.get("num_local_experts")
+    # The Qwens say by another key whether the window counts.
+    if content.get("sliding_window") and (kind == "mixtral" or (kind == "dots1" and not content.get("layer_types"))):
+        problems.append(f"sliding_window={content['sliding_window']!r} is not supported, only null")
+    missing = [f"{keys[ours]} is missing" for ours, value in sizes.items() if not isinstance(value, int)]
     if missing:
         problems += missing
         return MoE()
-    sizes: dict[str, int] = found  # type: ignore[assignment]
     if kind == "mixtral":
         return MoE(**sizes, normalise=True)
     normalise = bool(content.get("norm_topk_prob", False))
@@ -102,9 +107,9 @@ def features(config: "DecoderConfig") -> str:
     names = ("shared", "shared_gate", "scoring", "normalise", "scale", "first", "every", "selection_bias")
     return (
         ", ".join(f"moe.{name}={getattr(moe, name)}" for name in names)
-        + ". Mixtral has normalised softmax weights in every layer; Qwen3-MoE has qk_norm as well, layers without experts "
-        "and weights that need not be normalised; Qwen2-MoE has a gated shared expert, without qk_norm and with heads "
-        "x head_dim equal to hidden; dots.llm1 has qk_norm, sigmoid scores, a selection bias and an ungated shared "
+        + ". Mixtral has normalised softmax weights in every layer; Qwen3-MoE has qk_norm as well, layers without "
+        "experts and weights that need not be normalised; Qwen2-MoE has a gated shared expert, without qk_norm and "
+        "with heads x head_dim equal to hidden; dots.llm1 has qk_norm, sigmoid scores, a selection bias and an ungated shared "
         "expert as wide as a number of the others."
     )
 

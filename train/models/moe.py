@@ -4,12 +4,12 @@ token to a few of many feed-forwards, whose results are added up with its weight
 No token is ever dropped: rows are sorted by expert and multiplied group by group (Gale et al. 2022, arXiv:2211.15841).
 
 The router learns to spread its tokens by losses that are *attached*: handed to the backward pass as if they had been
-added to the objective's sum. The balance loss (Fedus et al. 2021, arXiv:2101.03961, eq. 4) is taken per sequence, so that
-it is the same however sequences are dealt out to micro-batches and ranks. Or experts are balanced without a loss, by a
-bias on their selection (Wang et al. 2024, arXiv:2408.15664), moved after each step by the counts of the whole step.
+added to the objective's sum. The balance loss (Fedus et al. 2021, arXiv:2101.03961, eq. 4) is taken per sequence, so
+that it is the same however sequences are dealt out to micro-batches and ranks. Or experts are balanced without a loss,
+by a bias on their selection (Wang et al. 2024, arXiv:2408.15664), which the counts of each whole step move.
 
-Shape suffixes: B sequences, L tokens of each, T tokens of all, N model width, F width of an expert, E experts, K experts
-of a token, R rows sent to experts (R = T K), I and O features before and after a product.
+Shape suffixes: B sequences, L tokens of each, T tokens of all, N model width, F width of an expert, E experts,
+K experts of a token, R rows sent to experts (R = T K), I and O features before and after a product.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.errors import Problem
-from parallel.recompute import recomputing
 from train.models.feed_forward import FeedForward
 
 if TYPE_CHECKING:
@@ -180,9 +179,7 @@ class Router(nn.Module):
             weights_BLK = attached(weights_BLK, self._losses(logits_BLE, scores_BLE, chosen_BLK, token_weights_BL))
         return weights_BLK, chosen_BLK
 
-    def _losses(
-        self, logits_BLE: Tensor, scores_BLE: Tensor, chosen_BLK: Tensor, token_weights_BL: Tensor
-    ) -> Tensor:
+    def _losses(self, logits_BLE: Tensor, scores_BLE: Tensor, chosen_BLK: Tensor, token_weights_BL: Tensor) -> Tensor:
         """The sum over the tokens of both losses, each with its weight; counts what is seen."""
         counted_BLK = (token_weights_BL > 0).to(scores_BLE.dtype)[..., None].expand_as(chosen_BLK)
         here_BE = torch.zeros_like(scores_BLE[:, 0]).scatter_add_(1, chosen_BLK.flatten(1), counted_BLK.flatten(1))
@@ -191,9 +188,8 @@ class Router(nn.Module):
         probability_BLE = scores_BLE / scores_BLE.sum(-1, keepdim=True)
         balance = (frequency_BE[:, None] * probability_BLE).sum(-1).mul(token_weights_BL).sum()
         squares = logits_BLE.logsumexp(-1).square().mul(token_weights_BL).sum()
-        if not recomputing():
-            sums = torch.stack([balance.detach(), squares.detach(), token_weights_BL.sum()])
-            self.seen += torch.cat([here_BE.sum(0), sums])
+        sums = torch.stack([balance.detach(), squares.detach(), token_weights_BL.sum()])
+        self.seen += torch.cat([here_BE.sum(0), sums])
         return self.share * (self.config.balance_loss * balance + self.config.z_loss * squares)
 
     def statistics(self) -> Tensor:
@@ -254,8 +250,8 @@ class Experts(nn.Module):
 
 
 def grouped_product(rows_RI: Tensor, weights_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """rows_RO: each group of rows times the transpose of its own matrix. On CUDA in bf16 it is one kernel, which reads the
-    counts on the device; elsewhere one product per group, an empty one too: every matrix has a gradient."""
+    """rows_RO: each group of rows times the transpose of its own matrix. On CUDA in bf16 it is one kernel, which reads
+    the counts on the device; elsewhere one product per group, an empty one too: every matrix has a gradient."""
     if rows_RI.is_cuda and rows_RI.dtype == torch.bfloat16:
         ends_E = counts_E.cumsum(0, dtype=torch.int32)
         return F.grouped_mm(rows_RI, weights_EOI.transpose(1, 2), offs=ends_E)
@@ -269,7 +265,7 @@ def token_weights(documents_BL: Tensor, whole_BS: Tensor, sequence_weights_B: Te
     Args:
         documents_BL: document of each token that is here.
         whole_BS: document of each token of the whole sequences.
-        sequence_weights_B: see `Objective.sequence_weights_B`.
+        sequence_weights_B: see `Objective.sequence_weights`.
     """
     tokens_B = (whole_BS >= 0).sum(-1).clamp(min=1)
     return (documents_BL >= 0) * (sequence_weights_B / tokens_B)[:, None]

@@ -111,8 +111,9 @@ class DecoderConfig:
 
     def flops_per_token(self, sequence_length: int, vocabulary: int) -> float:
         """Floating-point operations of forward and backward per token, for MFU: 6 per weight of a matrix product (the
-        head is one, the embedding look-up is none; of experts, those that a token is sent to), and 6 x sequence_length x attention width per layer, counting only
-        the causal half of the attention. Recomputation and norms are not counted."""
+        head is one, the embedding look-up is none; of experts, those that a token is sent to), and
+        6 x sequence_length x attention width per layer, counting only the causal half of the attention. Recomputation
+        and norms are not counted."""
         attention_width = self.heads * self.head_dim
         projections = self.hidden * (2 * attention_width + 2 * self.kv_heads * self.head_dim)
         sparse = sum(self.moe.sparse(layer) for layer in range(self.layers))

@@ -53,7 +53,7 @@ class Objective:
         """Sum of the losses of one micro-batch and the number of terms."""
         raise NotImplementedError
 
-    def sequence_weights_B(self, micro_batch: MicroBatch) -> Tensor:
+    def sequence_weights(self, micro_batch: MicroBatch) -> Tensor:
         """How much of the loss's weight each sequence stands for, fp32: what a model adds of its own (the balance of
         experts) is weighted so. As many as it has labels."""
         return (micro_batch.labels_BL != IGNORED).sum(-1).float()

@@ -85,7 +85,7 @@ class DPO(Objective):
             },
         )
 
-    def sequence_weights_B(self, micro_batch: MicroBatch) -> Tensor:
+    def sequence_weights(self, micro_batch: MicroBatch) -> Tensor:
         """Half a pair each."""
         return torch.full_like(micro_batch.samples_B, 0.5, dtype=torch.float32)
 

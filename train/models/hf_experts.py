@@ -109,8 +109,8 @@ def features(config: "DecoderConfig") -> str:
         ", ".join(f"moe.{name}={getattr(moe, name)}" for name in names)
         + ". Mixtral has normalised softmax weights in every layer; Qwen3-MoE has qk_norm as well, layers without "
         "experts and weights that need not be normalised; Qwen2-MoE has a gated shared expert, without qk_norm and "
-        "with heads x head_dim equal to hidden; dots.llm1 has qk_norm, sigmoid scores, a selection bias and an ungated shared "
-        "expert as wide as a number of the others."
+        "with heads x head_dim equal to hidden; dots.llm1 has qk_norm, sigmoid scores, a selection bias and an ungated "
+        "shared expert as wide as a number of the others."
     )
 
 

@@ -148,6 +148,9 @@ class Router(nn.Module):
         share: part of the attached losses that this process attaches: 1 over the number of those that do alike.
     """
 
+    e_score_correction_bias: Tensor | None
+    seen: Tensor
+
     def __init__(self, config: MoE, hidden: int):
         super().__init__()
         self.config = config

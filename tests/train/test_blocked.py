@@ -48,6 +48,19 @@ def test_values_and_gradients_are_those_of_sdpa(length, causal, masked, kv_heads
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_queries_may_be_some_of_the_tokens(causal):
+    index_L = torch.tensor([1, 2, 3, 9, 10, 0])
+    q_BHLD, k_BKSD, v_BKSD = inputs(11)
+    mask_BLS, some_BHLD = mask(11, causal)[:, index_L], q_BHLD.detach()[:, :, index_L].requires_grad_()
+    ours = blocked_attention(some_BHLD, k_BKSD, v_BKSD, mask_BLS, causal)
+    theirs = F.scaled_dot_product_attention(some_BHLD, k_BKSD, v_BKSD, attn_mask=mask_BLS[:, None], enable_gqa=True)
+    torch.testing.assert_close(ours, theirs)
+    grad, tensors = torch.randn_like(ours), (some_BHLD, k_BKSD, v_BKSD)
+    for a, b in zip(torch.autograd.grad(ours, tensors, grad), torch.autograd.grad(theirs, tensors, grad), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("batch", [1, 2])  # of one sequence, reshaping copies nothing and strides stay
 def test_it_is_a_well_behaved_operator(batch):
     tensors = [t.detach()[:batch].requires_grad_() for t in inputs(11)]

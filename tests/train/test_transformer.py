@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ranks import run_ranks
-from train.models import attention
+from train.models import attention, blocked
 from train.models.attention import AttentionError, visibility
 from train.models.dropout import dropout, random_bits
 from train.models.moe import MoE
@@ -100,10 +100,32 @@ def test_a_mask_is_made_only_where_the_triangle_is_not_enough(documents, causal,
     exact = attention.Visibility(causal, exact_BLL.tril() if causal else exact_BLL)
     chosen_BLV = model(tokens_BL, positions_BL, documents_BL, causal=causal)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.models.transformer.visibility", lambda *_, **__: exact)
+        patch.setattr(model, "visibility", lambda *_, **__: exact)
         expected_BLV = model(tokens_BL, positions_BL, documents_BL, causal=causal)
     real = documents_BL >= 0
     torch.testing.assert_close(chosen_BLV[real], expected_BLV[real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("flex", torch.float32)]
+)
+@torch.no_grad()
+def test_some_of_the_queries_see_what_they_see_among_all(monkeypatch, backend, dtype, causal):
+    monkeypatch.setattr(blocked, "QUERIES", 4)
+    documents_BL = torch.tensor([[0] * 5 + [1] * 11 + [-1] * 4, [0] * 20])
+    index_L = torch.tensor([4, 5, 6, 7, 0, 12, 19])
+    generator = torch.Generator().manual_seed(0)
+    q_BLHD, k_BSKD, v_BSKD = (torch.randn(2, 20, heads, 16, generator=generator).to(dtype) for heads in (4, 2, 2))
+    whole = visibility(documents_BL, causal=causal, backend=backend)
+    some = visibility(
+        documents_BL[:, index_L], causal=causal, backend=backend, key_documents_BS=documents_BL, index_L=index_L
+    )
+    whole_BLHD = attention.attention(q_BLHD, k_BSKD, v_BSKD, whole)
+    some_BLHD = attention.attention(q_BLHD[:, index_L], k_BSKD, v_BSKD, some)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    real_BL = documents_BL[:, index_L] >= 0  # padding may see anything where the triangle hides all that it must
+    torch.testing.assert_close(some_BLHD[real_BL], whole_BLHD[:, index_L][real_BL], rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -122,6 +144,14 @@ def test_flash_attention_that_is_absent_is_refused_by_name():
         pytest.skip("a GPU is here")
     with pytest.raises(AttentionError, match=r"attention=flash needs a CUDA device.*attention=auto"):
         visibility(torch.zeros(1, 4, dtype=torch.int64), causal=True, backend="flash")
+
+
+def test_flash_attention_of_some_queries_is_refused_by_name():
+    documents_BL = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(AttentionError, match=r"attention=flash needs.*attention=auto"):
+        visibility(
+            documents_BL[:, :2], causal=True, backend="flash", key_documents_BS=documents_BL, index_L=torch.arange(2)
+        )
 
 
 def test_flex_attention_without_a_backward_pass_is_refused_by_name():

@@ -46,14 +46,22 @@ class Visibility:
         causal: whether later keys are hidden.
         restriction: None where nothing else is hidden; Segments; or a boolean mask_BLS or FlexAttention's BlockMask,
             which hide later keys too.
+        index_L: place of each query in the sequence, where the queries are some of its tokens; None where they are all,
+            or the last.
     """
 
     causal: bool
     restriction: Any = None
+    index_L: Tensor | None = None
 
 
 def visibility(
-    documents_BL: Tensor, *, causal: bool, backend: str = "auto", key_documents_BS: Tensor | None = None
+    documents_BL: Tensor,
+    *,
+    causal: bool,
+    backend: str = "auto",
+    key_documents_BS: Tensor | None = None,
+    index_L: Tensor | None = None,
 ) -> Visibility:
     """Choose the cheapest way to say what each token sees that is right for these documents.
 
@@ -64,20 +72,29 @@ def visibility(
         causal: hide later tokens.
         backend: "sdpa", "flex", "flash", or "auto": SDPA on CPU, where looking at the documents costs nothing, and
             FlexAttention elsewhere, whose mask is made on the device without the host waiting for it.
-        key_documents_BS: document of each key where keys are more than queries (a cache); queries are the last ones.
+        key_documents_BS: document of each key where keys are more than queries. These are then the last ones (of a
+            cache), or those that index_L says.
+        index_L: place of each query among the keys.
 
     Raises:
-        AttentionError: flash-attn was asked for and is not installed, or there is no GPU for it; FlexAttention was
-            asked for on a CPU, with gradients.
+        AttentionError: flash-attn was asked for and is not installed, or there is no GPU for it, or queries are some of
+            the keys only; FlexAttention was asked for on a CPU, with gradients.
     """
-    if key_documents_BS is not None:
+    if key_documents_BS is not None and index_L is None:
         return _cached_visibility(documents_BL, key_documents_BS, causal)
     if backend == "auto":
         backend = "sdpa" if documents_BL.device.type == "cpu" else "flex"
     if backend == "flex":
         if documents_BL.device.type == "cpu" and torch.is_grad_enabled():
             raise AttentionError("model.attention=flex has no backward pass on CPU; use model.attention=auto.")
-        return Visibility(causal, _block_mask(documents_BL, causal))
+        return Visibility(causal, _block_mask(documents_BL, causal, key_documents_BS, index_L), index_L)
+    if backend == "flash" and index_L is not None:
+        raise AttentionError(
+            "model.attention=flash needs every query's keys in one run, which context-parallel ranks do not have; use "
+            "model.attention=auto."
+        )
+    if key_documents_BS is not None and index_L is not None:
+        return _partial_visibility(documents_BL, key_documents_BS, index_L, causal)
     if backend == "flash":
         _flash()
         return Visibility(causal, _segments(documents_BL))
@@ -101,6 +118,13 @@ def _cached_visibility(documents_BL: Tensor, key_documents_BS: Tensor, causal: b
     return Visibility(causal, mask_BLS)
 
 
+def _partial_visibility(documents_BL: Tensor, key_documents_BS: Tensor, index_L: Tensor, causal: bool) -> Visibility:
+    mask_BLS = documents_BL[:, :, None] == key_documents_BS[:, None, :]
+    if causal:
+        mask_BLS &= index_L[:, None] >= torch.arange(key_documents_BS.shape[1], device=index_L.device)
+    return Visibility(causal, mask_BLS, index_L)
+
+
 def attention(q_BLHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, visible: Visibility) -> Tensor:
     """out_BLHD: each head's values, averaged by softmax(q k / sqrt(D)) over the visible keys."""
     restriction = visible.restriction
@@ -108,7 +132,7 @@ def attention(q_BLHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, visible: Visibilit
         return _varlen(q_BLHD, k_BSKD, v_BSKD, restriction, visible.causal)
     q_BHLD, k_BKSD, v_BKSD = q_BLHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2)
     if restriction is None or isinstance(restriction, Tensor):
-        if q_BLHD.device.type == "cpu" and q_BLHD.element_size() == 2 and q_BLHD.shape[1] == k_BSKD.shape[1]:
+        if q_BLHD.device.type == "cpu" and q_BLHD.element_size() == 2 and q_BLHD.shape[1] > 1:
             return blocked_attention(q_BHLD, k_BKSD, v_BKSD, restriction, visible.causal).transpose(1, 2)
         out_BHLD = F.scaled_dot_product_attention(
             q_BHLD,
@@ -124,15 +148,17 @@ def attention(q_BLHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, visible: Visibilit
     return out_BHLD.transpose(1, 2)
 
 
-def _block_mask(documents_BL: Tensor, causal: bool) -> Any:
+def _block_mask(documents_BL: Tensor, causal: bool, key_documents_BS: Tensor | None, index_L: Tensor | None) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        same = documents_BL[b, q] == documents_BL[b, k]
-        return same & (q >= k) if causal else same
+    seen_BS = documents_BL if key_documents_BS is None else key_documents_BS
 
-    batch, length = documents_BL.shape
-    return create_block_mask(visible, batch, None, length, length, device=documents_BL.device)
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        same = documents_BL[b, q] == seen_BS[b, k]
+        return same & ((q if index_L is None else index_L[q]) >= k) if causal else same
+
+    batch, queries = documents_BL.shape
+    return create_block_mask(visible, batch, None, queries, seen_BS.shape[1], device=documents_BL.device)
 
 
 def _flex_eager() -> Callable[..., Any]:

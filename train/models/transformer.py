@@ -225,9 +225,11 @@ class Decoder(nn.Module):
         reads_tokens: it embeds tokens; else it is given the hidden states of the part before it.
         answers: it ends in log-probabilities; else in hidden states.
         slice_sequence: of the places in a sequence, those that the residual stream holds here.
+        visibility: what attention is told of who sees whom; context parallelism that passes keys around has its own.
     """
 
     slice_sequence: Callable[[Tensor], Tensor]
+    visibility: Callable[..., Any]
 
     def __init__(self, config: DecoderConfig, vocabulary: int):
         super().__init__()
@@ -238,6 +240,7 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden, vocabulary, bias=False)
         self.reads_tokens = self.answers = True
         self.slice_sequence = _all
+        self.visibility = visibility
         self.vocabulary_shard: VocabularyShard | None = None
 
     @property
@@ -353,7 +356,9 @@ class Decoder(nn.Module):
         """
         config = self.config
         seen_BS = key_documents_BS if cache is None else cache.see(documents_BL)
-        visible = visibility(documents_BL, causal=causal, backend=config.attention, key_documents_BS=seen_BS)
+        visible = self.visibility(
+            documents_BL, causal=causal, backend=config.attention, key_documents_BS=seen_BS, index_L=index_L
+        )
         keys = keys_of_layers(dropout_keys_B if config.dropout else None, config.layers + 1)
         x_BLN = self.model.embed_tokens(inputs) if self.reads_tokens else inputs
         if index_L is None:

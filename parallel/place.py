@@ -41,6 +41,7 @@ class Placement:
 
     Attributes:
         parts: the stages of this rank.
+        tensors: of each, where tensor-parallel ranks share it.
         parameters: of all of them, by name.
     """
 
@@ -56,7 +57,7 @@ class Placement:
         optimizer: Callable[[nn.Module], Optimizer],
     ):
         self.layout, self.mesh = layout, mesh
-        self.tensors: Tensors | None = None
+        self.tensors: list[Tensors] = []
         self.stages = layout.pp * layout.virtual_stages
         self.tied: set[str] = set()
         models = self._cut(model)
@@ -98,7 +99,7 @@ class Placement:
     def _prepare(self, part: nn.Module, settings: Settings) -> None:
         """Everything that changes how a part computes, before it is sharded."""
         if self.layout.tp > 1:
-            self.tensors = Tensors(part, part.plan, self.mesh.tensor)  # type: ignore[arg-type]
+            self.tensors.append(Tensors(part, part.plan, self.mesh.tensor))  # type: ignore[arg-type]
         if self.layout.schedule in DEFERRING_SCHEDULES:
             linear.install(part)
         if settings.compile:
@@ -124,8 +125,8 @@ class Placement:
     def add_up(self) -> None:
         """Complete the gradients of a step: over the ranks that saw other tokens or heads, and over the stages that
         hold the same parameter."""
-        if self.tensors is not None:
-            self.tensors.add_up(
+        if self.tensors:
+            self.tensors[0].add_up(
                 local_of(parameter.grad)
                 for part in self.parts
                 for parameter in part.placed.parameters.values()

@@ -10,7 +10,8 @@ over the ranks once a step.
 Shape suffixes: B sequences, L tokens of the sequence, l tokens of this rank, N features, V vocabulary, v rows here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Tensors:
         self.group = mesh.get_group()
         self.ranks, self.rank = mesh.size(), mesh.get_local_rank()
         self.whole_sequence = False
+        model.slice_sequence = self.slice_sequence  # type: ignore[assignment]
         narrow = plan.groups < self.ranks
         groups_held = {id(module) for _, module in chosen(model, plan.grouped)} if narrow else set()
         for _, module in chosen(model, plan.column):
@@ -95,6 +97,15 @@ class Tensors:
             dist.all_reduce(summed, group=self.group)
             return summed
         return _Scatter.apply(partial_BLN, self.group)
+
+    @contextmanager
+    def whole_sequences(self) -> Iterator[None]:
+        """Inside, `whole_sequence` holds."""
+        self.whole_sequence = True
+        try:
+            yield
+        finally:
+            self.whole_sequence = False
 
     def slice_sequence(self, index_L: Tensor) -> Tensor:
         """index_l: this rank's tokens."""

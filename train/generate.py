@@ -10,16 +10,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from conf.errors import LongrunError
-from train.models.cache import Cache
 from train.models.seeds import derived_seed
-from train.models.transformer import Decoder
 
 if TYPE_CHECKING:
     from data_pipeline.tokenizer import Tokenizer
+    from parallel.decode import Decoding
+    from train.models.transformer import Decoder
 
 PADDING = -1
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -160,14 +159,14 @@ class Generator:
     """Answers prompts with a model.
 
     Args:
-        model: on the device and in the dtype it shall run in.
+        model: on the device and in the dtype it shall run in; or an engine's `decoding()`, on all its ranks alike.
         tokenizer: the model's.
         batch: most prompts answered together; bounds the memory of the cache.
     """
 
-    def __init__(self, model: Decoder, tokenizer: "Tokenizer", batch: int = 32):
+    def __init__(self, model: "Decoder | Decoding", tokenizer: "Tokenizer", batch: int = 32):
         self.model, self.tokenizer, self.batch = model, tokenizer, batch
-        self.device = model.head.device
+        self.device = model.device
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[int]]:
         """The new token ids of each prompt, without the token that ended it and those that hold part of a stop text.
@@ -211,12 +210,12 @@ class Generator:
             for number, prompt in enumerate(prompts)
         ]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # no inference mode: what a sharded model gathers there could not be trained on afterwards
     def _steps(self, answers: list[_Answer]) -> Iterator[None]:
         """Read the prompts, then add a token to every unfinished answer at each step."""
         length = max(len(answer.prompt) for answer in answers)
         capacity = length + max(answer.room for answer in answers)
-        cache = Cache(self.model.config.layers, len(answers), capacity, self.device)
+        cache = self.model.new_cache(len(answers), capacity)
         pads = [length - len(answer.prompt) for answer in answers]
         tokens_BL = torch.tensor(
             [[0] * pad + a.prompt for pad, a in zip(pads, answers, strict=True)], device=self.device
@@ -224,9 +223,8 @@ class Generator:
         positions_BL = torch.arange(length, device=self.device) - torch.tensor(pads, device=self.device)[:, None]
         while True:
             documents_BL = torch.where(positions_BL < 0, PADDING, 0)
-            hidden_BLN = self.model.hidden(tokens_BL, positions_BL.clamp(min=0), documents_BL, cache=cache)
-            logits_BV = F.linear(hidden_BLN[:, -1], self.model.head)[:, : self.tokenizer.vocabulary]
-            chosen = self._choose(logits_BV, answers)
+            logits_BV = self.model.next_logits(tokens_BL, positions_BL.clamp(min=0), documents_BL, cache)
+            chosen = self._choose(logits_BV[:, : self.tokenizer.vocabulary], answers)
             for answer, token in zip(answers, chosen, strict=True):
                 if not answer.done:
                     answer.push(token)

@@ -8,7 +8,7 @@ Shape suffixes: B sequences, L tokens, l tokens of this rank, N features.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from conf.errors import LongrunError
 from conf.registry import register
+from parallel.decode import Decoding
 from parallel.distributed import World
 from parallel.ema import Average
 from parallel.engine import Outputs, Settings, StepResult
@@ -85,8 +86,7 @@ class Native:
         mesh = Mesh(layout, world.device)
         compute = compute_dtype(settings.precision, world.device)
         placement = Placement(model, layout, mesh, world.device, compute, settings, initialise, optimizer)
-        width = getattr(model, "width", 0)
-        return NativeEngine(placement, width, mesh, world, compute, settings, self.ema_debias)
+        return NativeEngine(model, placement, mesh, world, compute, settings, self.ema_debias)
 
 
 class NativeEngine:
@@ -95,14 +95,15 @@ class NativeEngine:
     Attributes:
         device: where this rank computes.
         dp_rank, dp_size: which part of each global batch is this rank's.
+        model: as it was given; placed itself, where it is not cut into stages.
         parts: the pipeline stages of this rank.
         parameters: of all parts, by name.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         placement: Placement,
-        width: int,
         mesh: Mesh,
         world: World,
         compute: torch.dtype,
@@ -122,7 +123,7 @@ class NativeEngine:
         self.parameters = placement.parameters
         self.optimizer = optimizer
         self.settings = settings
-        self.width = width
+        self.model = model
         self.layout, self.mesh = layout, mesh
         self.rank = world.rank
         self.compute = compute
@@ -187,7 +188,7 @@ class NativeEngine:
     def _stream(self, view: View) -> tuple[int, ...]:
         """Shape of the hidden states between stages."""
         sequences, tokens = view.tokens_Bl.shape
-        return sequences, tokens // self.layout.tp, self.width
+        return sequences, tokens // self.layout.tp, self.model.width  # type: ignore[return-value]
 
     def _totals(self, sums: Sums, objective: Any, **more: Tensor) -> dict[str, Tensor]:
         """Summed over all ranks. Only the last stage knows the objective's metrics: it tells the others, once."""
@@ -247,6 +248,14 @@ class NativeEngine:
         with self._inference(ema=False):
             self.pipeline.infer(1, forward, lambda _: self._stream(view), self.compute)
         return self.pipeline.from_last(logprobs_BL)
+
+    @contextmanager
+    def decoding(self) -> Iterator[Decoding]:
+        """The model, for a generator; all ranks are given the same prompts and call together."""
+        with self._inference(ema=False), ExitStack() as stack:
+            for shared in self.placement.tensors:
+                stack.enter_context(shared.whole_sequences())
+            yield Decoding(self.model, self.pipeline, self.compute)
 
     @contextmanager
     def _inference(self, ema: bool) -> Iterator[None]:

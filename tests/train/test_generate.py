@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from train.generate import GenerationError, Generator, Sampling, distribution
+from train.models.cache import Cache
 from train.models.transformer import Decoder, DecoderConfig, initialise
 
 CONFIG = DecoderConfig(layers=2, hidden=32, intermediate=48, heads=4, kv_heads=2, head_dim=8, max_positions=64)
@@ -40,13 +41,16 @@ class Script:
 
     def __init__(self, *texts: bytes | list[int]):
         self.config = replace(CONFIG, layers=0)
-        self.head = torch.eye(258)
+        self.device = torch.device("cpu")
         self.texts, self.step = [list(text) for text in texts], 0
 
-    def hidden(self, tokens_BL: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        return Cache(0, batch, capacity, self.device)
+
+    def next_logits(self, tokens_BL: torch.Tensor, *_: object) -> torch.Tensor:
         said = torch.tensor([text[self.step] if self.step < len(text) else 256 for text in self.texts])
         self.step += 1
-        return torch.nn.functional.one_hot(said, 258).float()[:, None]
+        return torch.nn.functional.one_hot(said, 258).float()
 
 
 @torch.no_grad()
@@ -131,14 +135,14 @@ def test_rows_that_finish_early_leave_the_others_alone():
     class Rows(Script):
         """Follows its rows by their prompt."""
 
-        def hidden(self, tokens_BL, positions_BL, documents_BL, cache):
+        def next_logits(self, tokens_BL, positions_BL, documents_BL, cache):
             cache.see(documents_BL)
             if self.step == 0:
                 self.rows = [int(t) for t in tokens_BL[:, -1]]
             elif len(self.rows) != len(tokens_BL):
                 self.rows = [r for r in self.rows if len(texts[r]) >= self.step][: len(tokens_BL)]
             self.texts = [list(texts[r]) for r in self.rows]
-            return super().hidden(tokens_BL)
+            return super().next_logits(tokens_BL)
 
     answers = Generator(Rows(*texts), Bytes()).generate([[n] for n in range(5)], Sampling())
     assert answers == [list(text) for text in texts]

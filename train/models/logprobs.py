@@ -48,6 +48,14 @@ class VocabularyShard:
     first: int
     group: dist.ProcessGroup
 
+    def whole(self, logits_BLV: Tensor, vocabulary: int) -> Tensor:
+        """The logits of all rows from those of this rank's, on every rank; without gradients, for decoding."""
+        shape = (*logits_BLV.shape[:-1], vocabulary)
+        whole_BLV = logits_BLV.new_zeros(shape, dtype=torch.promote_types(logits_BLV.dtype, torch.float32))
+        whole_BLV[..., self.first : self.first + logits_BLV.shape[-1]] = logits_BLV.detach()
+        dist.all_reduce(whole_BLV, group=self.group)
+        return whole_BLV
+
 
 def logprobs(hidden_BLN: Tensor, head_VN: Tensor, labels_BL: Tensor, shard: VocabularyShard | None = None) -> Tensor:
     """logprobs_BL: the log-probability of each label in nats, fp32 (fp64 for fp64); 0 where the label is -100.

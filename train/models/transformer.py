@@ -298,6 +298,10 @@ class Decoder(nn.Module):
         return weight.to_local() if isinstance(weight, DTensor) else weight
 
     @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
     def width(self) -> int:
         """Features of the hidden states that one part hands to the next."""
         return self.config.hidden
@@ -308,6 +312,8 @@ class Decoder(nn.Module):
         positions_BL: Tensor,
         documents_BL: Tensor,
         labels_BL: Tensor | None = None,
+        *,
+        next_only: bool = False,
         **context: Any,
     ) -> Tensor:
         """Log-probabilities of labels, or logits; hidden states where this part does not answer.
@@ -317,6 +323,7 @@ class Decoder(nn.Module):
             positions_BL: position of each token in its document, int64.
             documents_BL: document of each token, int64; tokens see only their own document. Padding is -1.
             labels_BL: what each position predicts, int64; -100 where nothing is asked.
+            next_only: logits of the last position only.
             context: further arguments of `hidden`.
 
         Returns:
@@ -326,8 +333,21 @@ class Decoder(nn.Module):
         if not self.answers:
             return hidden_BLN
         if labels_BL is None:
-            return F.linear(hidden_BLN, self.head)
+            logits_BLV = F.linear(hidden_BLN[:, -1:] if next_only else hidden_BLN, self.head)
+            return (
+                logits_BLV
+                if self.vocabulary_shard is None
+                else self.vocabulary_shard.whole(logits_BLV, self.vocabulary)
+            )
         return logprobs(hidden_BLN, self.head, labels_BL, self.vocabulary_shard)
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """Room for the keys and values of so many sequences of so many tokens."""
+        return Cache(self.config.layers, batch, capacity, self.device)
+
+    def next_logits(self, tokens_BL: Tensor, positions_BL: Tensor, documents_BL: Tensor, cache: Cache) -> Tensor:
+        """logits_BV of the token after the last; the tokens are added to the cache."""
+        return self(tokens_BL, positions_BL, documents_BL, next_only=True, cache=cache)[:, -1]
 
     def hidden(
         self,

@@ -1,6 +1,6 @@
 """A placed model that says, token by token, what comes next: it stands where text generation wants a model.
 
-All ranks are given the same prompts and call together. Every stage keeps the keys and values of its own layers and heads.
+All ranks are given the same prompts and call together. Every stage keeps the keys and values of its layers and heads.
 
 Shape suffixes: B sequences, L tokens, N features, V vocabulary.
 """
@@ -48,8 +48,8 @@ class Decoding:
         return Caches(self.pipeline, lambda part: part.model.new_cache(batch, capacity))  # type: ignore[operator]
 
     @torch.no_grad()
-    def next_logits(self, tokens_BL: Tensor, positions_BL: Tensor, documents_BL: Tensor, cache: Caches) -> Tensor:
-        """logits_BV of the token after the last; the tokens are added to the cache."""
+    def next_logits(self, tokens_BL: Tensor, positions_BL: Tensor, documents_BL: Tensor, cache: Any) -> Tensor:
+        """logits_BV of the token after the last; the tokens are added to `cache`, which `new_cache` made."""
         logits_BV = torch.zeros(tokens_BL.shape[0], self.vocabulary, dtype=self.compute, device=self.device)
 
         def forward(part: Part, number: int, hidden_BLN: Tensor | None) -> Tensor:

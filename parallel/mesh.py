@@ -7,6 +7,7 @@ views of the same ranks, which exist where they are asked for, tell cp apart, an
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.layout import Layout
@@ -55,6 +56,13 @@ class Mesh:
     def data(self) -> DeviceMesh:
         """The axes over which gradients are added up."""
         return self.axes[REPLICATE, SHARD]
+
+    def over_data(self, sums: Tensor) -> Tensor:
+        """Added up over the ranks that saw other tokens, in place."""
+        for axis in (REPLICATE, SHARD):
+            if self.axes[axis].size() > 1:
+                dist.all_reduce(sums, group=self.axes[axis].get_group())
+        return sums
 
     @property
     def tensor(self) -> DeviceMesh:

@@ -42,7 +42,7 @@ class Placement:
     Attributes:
         parts: the stages of this rank.
         tensors: of each, where tensor-parallel ranks share it.
-        parameters: of all of them, by name.
+        parameters, buffers: of all of them, by name; of buffers those that are part of a model's state.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Placement:
         self.parameters: dict[str, Tensor] = {}
         for here in reversed(self.parts):  # of what the first stage and the last both hold, the first's
             self.parameters |= here.placed.parameters
+        self.buffers = {name: buffer for here in self.parts for name, buffer in _lasting(here.model)}
 
     def _cut(self, model: nn.Module) -> dict[int, nn.Module]:
         """This rank's stages."""
@@ -168,6 +169,14 @@ class Placement:
             local_of(other).copy_(local_of(one))
             for name, value in self.optimizer.state[one].items():
                 local_of(self.optimizer.state[other][name]).copy_(local_of(value))
+
+
+def _lasting(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that a state dict would hold."""
+    for owner, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix=owner, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
 
 
 def _sharding(parameter: Tensor) -> Iterator[tuple[str, int]]:

@@ -129,6 +129,7 @@ class NativeEngine:
         self.compute = compute
         self.pipeline = Pipeline(self.parts, layout, mesh.axes["pp"].get_group(), world.device)
         self._metrics: dict[type, list[str]] = {}
+        self._keeping = [m for part in self.parts for m in part.model.modules() if hasattr(m, "statistics")]
         self.spikes = Spikes(settings.skip_spikes, settings.spike_window, self.device)
         self.steps = torch.zeros((), dtype=torch.int64)  # on the CPU: reading it waits for nobody
         for group in optimizer.param_groups:
@@ -160,7 +161,22 @@ class NativeEngine:
         if self.ema:
             self.ema.update(skipped)
         self.steps += 1
-        return StepResult(loss, totals["weight"], norm, skipped, metrics)
+        return StepResult(loss, totals["weight"], norm, skipped, metrics | self._settle(1 - skipped))
+
+    def _settle(self, taken: Tensor) -> dict[str, Tensor]:
+        """Tell modules that keep statistics of a step what all ranks have seen; the mean of what they make of it."""
+        if not self._keeping:
+            return {}
+        counted = [module.statistics() for module in self._keeping]  # type: ignore[operator]
+        totals = self.mesh.over_data(torch.cat(counted)).split([len(own) for own in counted])
+        pairs = zip(self._keeping, totals, strict=True)
+        said = [module.settle(total, taken) for module, total in pairs]  # type: ignore[operator]
+        sums = [torch.stack([metrics[name].double() for metrics in said]).sum() for name in said[0]]
+        sums.append(torch.tensor(float(len(said)), dtype=torch.float64, device=self.device))
+        figures = torch.stack(sums)
+        if self.layout.pp > 1:
+            dist.all_reduce(figures, group=self.pipeline.group)
+        return dict(zip(said[0], (figures[:-1] / figures[-1]).float().unbind(), strict=True))
 
     def _pass(self, micro_batches: Sequence[Any], objective: Any, training: bool) -> Sums:
         """Forward, and backward where training; the sums of what this rank answers for."""
@@ -182,8 +198,11 @@ class NativeEngine:
 
     def _view(self, micro_batch: Any, objective: Any, training: bool) -> View:
         batch = micro_batch.to(self.device)
-        keys_B = dropout_keys(self.settings.seed, int(self.steps), batch.samples_B) if training else None
-        return view_of(batch, self.layout, self.mesh, causal=objective.causal, dropout_keys_B=keys_B)
+        context: dict[str, Any] = {}
+        if training:
+            context["dropout_keys_B"] = dropout_keys(self.settings.seed, int(self.steps), batch.samples_B)
+            context["sequence_weights_B"] = objective.sequence_weights(batch)
+        return view_of(batch, self.layout, self.mesh, causal=objective.causal, **context)
 
     def _stream(self, view: View) -> tuple[int, ...]:
         """Shape of the hidden states between stages."""
@@ -283,7 +302,8 @@ class NativeEngine:
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors; see `Engine.state`. `engine.steps` counts steps, `engine.ema_updates` the average's."""
-        state: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors = self.parameters | self.placement.buffers
+        state: dict[str, Tensor] = {f"model.{name}": tensor.detach() for name, tensor in tensors.items()}
         for name, parameter in self.parameters.items():
             for moment, value in self.optimizer.state[parameter].items():
                 state[f"optimizer.{name}.{moment}"] = value
@@ -300,7 +320,7 @@ class NativeEngine:
     def weights(self, ema: bool = False) -> dict[str, Tensor]:
         """Full fp32 weights on the CPU of rank 0. The others help to gather, one tensor at a time, and keep nothing."""
         full = {}
-        tensors = self._average().tensors if ema else self.parameters
+        tensors = (self._average().tensors if ema else self.parameters) | self.placement.buffers
         first_of_stage = self.rank % (self.layout.world_size // self.layout.pp) == 0
         for name, tensor in tensors.items():
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -334,19 +334,16 @@ class Decoder(nn.Module):
             return hidden_BLN
         if labels_BL is None:
             logits_BLV = F.linear(hidden_BLN[:, -1:] if next_only else hidden_BLN, self.head)
-            return (
-                logits_BLV
-                if self.vocabulary_shard is None
-                else self.vocabulary_shard.whole(logits_BLV, self.vocabulary)
-            )
+            shard = self.vocabulary_shard
+            return logits_BLV if shard is None else shard.whole(logits_BLV, self.vocabulary)
         return logprobs(hidden_BLN, self.head, labels_BL, self.vocabulary_shard)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """Room for the keys and values of so many sequences of so many tokens."""
         return Cache(self.config.layers, batch, capacity, self.device)
 
-    def next_logits(self, tokens_BL: Tensor, positions_BL: Tensor, documents_BL: Tensor, cache: Cache) -> Tensor:
-        """logits_BV of the token after the last; the tokens are added to the cache."""
+    def next_logits(self, tokens_BL: Tensor, positions_BL: Tensor, documents_BL: Tensor, cache: Any) -> Tensor:
+        """logits_BV of the token after the last; the tokens are added to `cache`."""
         return self(tokens_BL, positions_BL, documents_BL, next_only=True, cache=cache)[:, -1]
 
     def hidden(

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import connection, get_context
 from multiprocessing.context import ForkServerProcess
 from typing import Any
@@ -33,6 +33,9 @@ PRELOAD = (
     "train.config",
 )
 """What the server imports once; a rank imports what is missing."""
+FAILED = "failed"
+ALARM = "Timeout ("
+"""How faulthandler's report of a rank begins that took too long."""
 
 
 class RanksError(LongrunError):
@@ -55,6 +58,26 @@ def run_ranks(
 
     Raises:
         RanksError: names the rank that failed first and shows the end of its output; the others are killed.
+    """
+    [results] = stream_ranks(n, _single, fn, args, timeout_s=timeout_s, env=env)
+    return results
+
+
+def _single(fn: Callable[..., Any], args: tuple[Any, ...]) -> Iterator[Any]:
+    yield fn(*args)
+
+
+def stream_ranks(
+    n: int, fn: Callable[..., Iterator[Any]], *args: Any, timeout_s: float = 120, env: dict[str, str] | None = None
+) -> Iterator[list[Any]]:
+    """As `run_ranks` for a generator function: what each rank yields, as soon as all have yielded it.
+
+    Args:
+        n, fn, args, env: as in `run_ranks`.
+        timeout_s: for each item.
+
+    Raises:
+        RanksError: as in `run_ranks`; it is the first item not yet given that failed.
     """
     store = _store()
     common = {
@@ -82,7 +105,7 @@ def run_ranks(
             processes.append(process)
             pipes.append(receiver)
         try:
-            return _collect(processes, pipes, directory, timeout_s)
+            yield from _collect(processes, pipes, directory, timeout_s)
         finally:
             for process in processes:
                 process.kill()
@@ -98,26 +121,40 @@ def _store() -> Any:
 
 def _collect(
     processes: list[ForkServerProcess], pipes: list[connection.Connection], directory: str, timeout_s: float
-) -> list[Any]:
-    results: dict[int, Any] = {}
+) -> Iterator[list[Any]]:
+    while True:
+        kinds, contents = zip(*_round(processes, pipes, directory, timeout_s), strict=True)
+        if "end" in kinds:
+            return
+        yield list(contents)
+
+
+def _round(
+    processes: list[ForkServerProcess], pipes: list[connection.Connection], directory: str, timeout_s: float
+) -> list[tuple[str, Any]]:
+    """The next message of each rank."""
+    messages: dict[int, tuple[str, Any]] = {}
     deadline = time.monotonic() + timeout_s + 10  # the ranks' own alarm comes first and shows where each stood
-    while len(results) < len(processes):
-        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+    while len(messages) < len(processes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in messages]
         ready = connection.wait(waiting, timeout=max(0, deadline - time.monotonic()))
         if not ready:
-            raise RanksError(f"ranks {sorted(set(range(len(pipes))) - set(results))} did not end in {timeout_s} s.")
+            raise RanksError(f"ranks {sorted(set(range(len(pipes))) - set(messages))} did not end in {timeout_s} s.")
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
-            try:
-                ok, content = pickle.loads(pipes[rank].recv_bytes())
-            except EOFError:
-                processes[rank].join(10)
-                ok, content = False, f"it died with exit code {processes[rank].exitcode}"
-            if not ok:
-                with open(os.path.join(directory, str(rank)), errors="replace") as log:
-                    raise RanksError(f"rank {rank} of {len(processes)} failed: {content}\n{log.read()[-4000:]}")
-            results[rank] = content
-    return [results[rank] for rank in range(len(processes))]
+            with open(os.path.join(directory, str(rank)), errors="replace") as log:
+                try:
+                    kind, content = pickle.loads(pipes[rank].recv_bytes())
+                except EOFError:
+                    processes[rank].join(10)
+                    kind, content = FAILED, f"it died with exit code {processes[rank].exitcode}"
+                if kind == FAILED:
+                    output = log.read()
+                    if ALARM in output:
+                        content = f"it did not end in {timeout_s:g} s"
+                    raise RanksError(f"rank {rank} of {len(processes)} failed: {content}\n{output[-4000:]}")
+            messages[rank] = kind, content
+    return [messages[rank] for rank in range(len(processes))]
 
 
 def _rank(
@@ -141,12 +178,23 @@ def _rank(
     torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))  # the server read another environment
     try:
         fn, args = pickle.loads(payload)  # imports the module of fn, which should not count against its time
-        faulthandler.dump_traceback_later(timeout_s, exit=True)
-        answer = pickle.dumps((True, fn(*args)))
+        items = fn(*args)
+        kind = "item"
+        while kind == "item":
+            faulthandler.dump_traceback_later(timeout_s, exit=True)
+            try:
+                answer = next(items)
+            except StopIteration:
+                kind, answer = "end", None
+            _send(pipe, kind, answer)
     except BaseException as error:  # noqa: BLE001  it is reported by the parent, whatever it is
-        answer = pickle.dumps((False, f"{error!r}\n{traceback.format_exc()}"))
-    with contextlib.suppress(BrokenPipeError):  # the parent gave up
-        pipe.send_bytes(answer)
+        _send(pipe, FAILED, f"{error!r}\n{traceback.format_exc()}")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # threads of a broken process group must not keep the rank alive
+
+
+def _send(pipe: connection.Connection, kind: str, content: Any) -> None:
+    message = pickle.dumps((kind, content))
+    with contextlib.suppress(BrokenPipeError):  # the parent gave up
+        pipe.send_bytes(message)

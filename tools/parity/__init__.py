@@ -6,7 +6,7 @@ over the steps, of the gradient norm, and of the final weights.
 """
 
 from tools.parity.cells import BF16, FP32, QUICK, Cell, Gate, cells
-from tools.parity.compare import Row, compare, difference
+from tools.parity.run import Row, compare, difference
 from tools.parity.training import (
     ADAMW,
     MODEL,

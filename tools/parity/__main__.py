@@ -13,10 +13,10 @@ from conf import entry
 from conf.errors import Problem
 from conf.registry import OPTIONS, register
 from tools.parity.cells import BF16, FP32, QUICK, Cell, cells
-from tools.parity.compare import Row, stream, world_size
 from tools.parity.layouts import WordError, parse, spell
 from tools.parity.page import render
-from tools.parity.training import SEQUENCES, Training
+from tools.parity.run import Row, stream, world_size
+from tools.parity.training import SEQUENCES
 
 
 @register("", "parity_schema")
@@ -63,7 +63,9 @@ class ParityConfig:
             if pattern != "quick" and not fnmatch.filter([cell.name for cell in cells()], pattern)
         ]
         engines = sorted(name for group, name in OPTIONS if group == "engine")
-        found += [Problem("engines", name, f"one of {', '.join(engines)}") for name in self.engines if name not in engines]
+        found += [
+            Problem("engines", name, f"one of {', '.join(engines)}") for name in self.engines if name not in engines
+        ]
         if self.precision not in ("", "fp32", "bf16"):
             found.append(Problem("precision", self.precision, "one of fp32, bf16"))
         if self.steps < 2:

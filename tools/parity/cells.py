@@ -31,6 +31,9 @@ BF16 = Gate(loss=2e-3, grad_norm=5e-2, weights=5e-2)
 """Against one process in fp32: what rounding to 8 bits costs, and no more."""
 
 
+PLAIN = Training()
+
+
 @dataclass(frozen=True)
 class Cell:
     """One comparison.
@@ -48,7 +51,7 @@ class Cell:
 
     name: str
     layout: Layout
-    training: Training = Training()
+    training: Training = PLAIN
     resumed: Layout | None = None
     gate: Gate = FP32
     engine: str = "native"
@@ -56,7 +59,6 @@ class Cell:
     family: str = "given"
 
 
-PLAIN = Training()
 DEEP = Training(model=replace(MODEL, layers=8))
 UNEVEN = Training(model=replace(MODEL, layers=5))
 UNTIED = Training(model=replace(MODEL, tied=False, qkv_bias=True, qk_norm=True))

@@ -21,11 +21,19 @@ SEVERAL_CHUNKS = ("interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "
 FIELDS = {f.name: f for f in dataclasses.fields(Layout)}
 NUMBERS = [name for name, field in FIELDS.items() if field.type is int]
 SWITCHES = [name for name, field in FIELDS.items() if field.type is bool]
-TEXTS = [name for name in FIELDS if name not in (*NUMBERS, *SWITCHES, "schedule")]
+TEXTS = [name for name, field in FIELDS.items() if field.type is str and name != "schedule"]
 
 
 class WordError(LongrunError):
     """A word that names no layout."""
+
+
+PART = re.compile(
+    rf"(?:(?P<schedule>{'|'.join(sorted(SCHEDULES, key=len, reverse=True))})"
+    rf"|(?P<name>{'|'.join([*NUMBERS, *SHORT.values()])})(?P<number>\d+)"
+    rf"|(?P<field>{'|'.join(TEXTS)})_(?P<text>[a-z]+|0?\.\d+)"
+    rf"|(?P<switch>{'|'.join(SWITCHES)}))(?:[.x](?=.)|$)"
+)
 
 
 def parse(word: str) -> Layout:
@@ -53,21 +61,12 @@ def parse(word: str) -> Layout:
 
 def _part(rest: str, word: str) -> tuple[str, Any, str]:
     """The first part of `rest`: its field, its value, and what follows."""
-    numbers = "|".join([*NUMBERS, *(SHORT[name] for name in NUMBERS if name in SHORT)])
-    schedules = "|".join(sorted(SCHEDULES, key=len, reverse=True))
-    others = [
-        *(rf"(?P<field>{'|'.join(TEXTS)})_(?P<text>[a-z]+|0?\.\d+)" for _ in TEXTS[:1]),
-        *(rf"(?P<switch>{'|'.join(SWITCHES)})" for _ in SWITCHES[:1]),
-    ]
-    kinds = [rf"(?P<schedule>{schedules})", rf"(?P<name>{numbers})(?P<number>\d+)", *others]
-    match = re.match(rf"(?:{'|'.join(kinds)})(?:[.x](?=.)|$)", rest)
+    match = PART.match(rest)
     if not match:
+        parts = [*(f"{SHORT.get(name, name)}N" for name in NUMBERS), *SCHEDULES, *(f"{name}_VALUE" for name in TEXTS)]
+        wrong = re.split("[.x]", rest)[0] or rest
         raise WordError(
-            f"{word}: {re.split('[.x]', rest)[0] or rest!r} is not understood; parts are "
-            f"{', '.join(f'{SHORT.get(name, name)}N' for name in NUMBERS)}, {', '.join(SCHEDULES)}"
-            + "".join(f", {name}_VALUE" for name in TEXTS)
-            + "".join(f", {name}" for name in SWITCHES)
-            + ", with . or x between them"
+            f"{word}: {wrong!r} is not understood; parts are {', '.join([*parts, *SWITCHES])}, with . or x between them"
         )
     found = match.groupdict()
     following = rest[match.end() :]
@@ -76,10 +75,9 @@ def _part(rest: str, word: str) -> tuple[str, Any, str]:
     if found["name"]:
         long = {short: name for name, short in SHORT.items()}
         return long.get(found["name"], found["name"]), int(found["number"]), following
-    if found.get("switch"):
+    if found["switch"]:
         return found["switch"], True, following
-    default = FIELDS[found["field"]].default
-    return found["field"], type(default)(found["text"]), following
+    return found["field"], found["text"], following
 
 
 def spell(layout: Layout) -> str:

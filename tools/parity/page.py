@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.parity.cells import Cell
-from tools.parity.compare import Row, world_size
 from tools.parity.layouts import spell
+from tools.parity.run import Row, world_size
 
 HERE = Path(__file__).parent
 DECADES = 3
-"""From a thousandth of the gate to the gate the colour goes from one end to the other."""
+"""Bars and curves begin at a thousandth of the gate and end at it."""
 WIDTH, HEIGHT = 120, 26
 """Of the curve in a tile, in its own units."""
 
@@ -42,7 +42,7 @@ class Tile:
         row: its figures.
         way: its layouts as words.
         ranks: processes.
-        heat: 0 for a thousandth of the gate or less, 100 for the gate.
+        heat: the largest difference in percent of its gate, 100 at most.
         bars: loss, gradient norm, weights.
         curve: points of the loss's difference by step, as an SVG polyline; empty where there is none.
     """
@@ -72,7 +72,7 @@ def render(rows: Sequence[Row], steps: int) -> str:
     ]
     styles = (Path(tools.report.__file__).parent / "page.css", HERE / "page.css")
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
-    environment.filters["small"] = lambda value: f"{value:.1e}"
+    environment.filters |= {"small": lambda value: f"{value:.1e}", "times": _times}
     return environment.get_template("page.html.jinja").render(
         style="\n".join(style.read_text() for style in styles),
         families=families,
@@ -92,7 +92,12 @@ def _tile(row: Row) -> Tile:
         ("weights", row.weights, gate.weights),
     ]
     bars = [Bar(label, value, limit, _position(value / limit)) for label, value, limit in pairs]
-    return Tile(row, _way(row.cell), world_size(row.cell), _position(row.margin), bars, _curve(row.steps, gate.loss))
+    heat = 100.0 if math.isnan(row.margin) else round(min(100.0, 100 * row.margin), 1)
+    return Tile(row, _way(row.cell), world_size(row.cell), heat, bars, _curve(row.steps, gate.loss))
+
+
+def _times(margin: float) -> str:
+    return f"{margin:,.0f}" if margin >= 10 else f"{margin:.1f}"
 
 
 def _way(cell: Cell) -> str:

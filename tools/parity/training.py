@@ -72,9 +72,7 @@ class Trajectory:
     weights: dict[str, Tensor]
 
 
-def build(
-    layout: Layout, training: Training, world: distributed.World, seed: int = 0, engine: str = "native"
-) -> Any:
+def build(layout: Layout, training: Training, world: distributed.World, seed: int = 0, engine: str = "native") -> Any:
     """An engine with a small decoder.
 
     Args:
@@ -86,7 +84,9 @@ def build(
     """
     with torch.device("meta"):
         model = training.model.build(VOCABULARY)
-    return OPTIONS["engine", engine]().build(
+    made = OPTIONS["engine", engine]
+    on_cpu = {"cpu": True} if hasattr(made, "cpu") and world.device.type == "cpu" else {}
+    return made(**on_cpu).build(
         model,
         layout,
         training.optim.build,
@@ -140,7 +140,9 @@ def batch_of(step: int, objective: Any = None) -> MicroBatch:
     if not isinstance(objective, DPO):
         return batch
     labels_B = (batch.labels_BL != IGNORED).sum(-1)
-    return PreferenceBatch(**vars(batch), reference_logprobs_B=-4.6 * labels_B + torch.randn(SEQUENCES, generator=generator))
+    return PreferenceBatch(
+        **vars(batch), reference_logprobs_B=-4.6 * labels_B + torch.randn(SEQUENCES, generator=generator)
+    )
 
 
 def shares(batch: MicroBatch, dp_rank: int, dp_size: int, micro_batches: int) -> list[MicroBatch]:

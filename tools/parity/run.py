@@ -108,9 +108,7 @@ def compare(chosen: Sequence[Cell], sabotage: Callable[[], None] | None = None, 
     return [rows[cell.name] for cell in chosen]
 
 
-def stream(
-    chosen: Sequence[Cell], sabotage: Callable[[], None] | None = None, timeout_s: float = 300
-) -> Iterator[Row]:
+def stream(chosen: Sequence[Cell], sabotage: Callable[[], None] | None = None, timeout_s: float = 300) -> Iterator[Row]:
     """Run cells and the single processes they are held against; each row as soon as it is known.
 
     Args:
@@ -174,7 +172,7 @@ def failed(cell: Cell, failure: str, seconds: float = 0.0) -> Row:
 def difference(cell: Cell, found: Trajectory, expected: Trajectory) -> Row:
     """The largest differences of two trainings."""
     steps = [abs(a - b) for a, b in zip(found.losses, expected.losses, strict=True)]
-    norms = [abs(a - b) / b for a, b in zip(found.grad_norms, expected.grad_norms, strict=True)]
+    norms = [abs(a - b) / max(b, 1e-12) for a, b in zip(found.grad_norms, expected.grad_norms, strict=True)]
     if missing := sorted(expected.weights.keys() ^ found.weights.keys()):
         return failed(cell, f"these weights are in one of the two only: {', '.join(missing)}")
     weights = [

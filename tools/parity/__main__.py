@@ -109,11 +109,14 @@ def main(config: ParityConfig, resolved: dict[str, Any]) -> int:
         print("\n".join(cell.name for cell in cells()))
         return 0
     chosen = config.chosen()
-    print(f"    {'against one process':30} ranks    |loss| grad norm   weights   ({config.steps} steps)", flush=True)
+    width = max(len(name) for name in ["against one process", *(cell.name for cell in chosen)])
+    print(
+        f"    {'against one process':{width}} ranks    |loss| grad norm   weights   ({config.steps} steps)", flush=True
+    )
     rows = {}
     for row in stream(chosen, timeout_s=config.timeout_s):
         rows[row.cell.name] = row
-        print(row, flush=True)
+        print(row.line(width), flush=True)
     ordered = [rows[cell.name] for cell in chosen]
     if config.json:
         Path(config.json).write_text(json.dumps(figures(ordered, config.steps), indent=1) + "\n")

@@ -57,9 +57,12 @@ class Row:
         return self.failure.split("\n")[0]
 
     def __str__(self) -> str:
-        verdict = "ok " if self.passed else "RED"
-        name = f"{verdict} {self.cell.name:30} {world_size(self.cell):5d} "
-        return name + (self.reason or f"{self.loss:9.1e} {self.grad_norm:9.1e} {self.weights:9.1e}")
+        return self.line(len(self.cell.name))
+
+    def line(self, width: int) -> str:
+        """The row as text, the name in so many columns."""
+        figures = self.reason or f"{self.loss:9.1e} {self.grad_norm:9.1e} {self.weights:9.1e}"
+        return f"{'ok ' if self.passed else 'RED'} {self.cell.name:{width}} {world_size(self.cell):5d} {figures}"
 
 
 @dataclass(frozen=True)

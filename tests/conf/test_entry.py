@@ -84,7 +84,9 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_key(run):
 
 
 def test_every_problem_is_named_at_once_with_key_value_and_fix(run, tmp_path):
-    result = run(f"run_dir={tmp_path}/run", "parallel.dp_shard=3", "parallel.schedule=zbw", "parallel.zero=7", "resume=maybe")
+    result = run(
+        f"run_dir={tmp_path}/run", "parallel.dp_shard=3", "parallel.schedule=zbw", "parallel.zero=7", "resume=maybe"
+    )
     assert result.returncode == 1
     for part in ("parallel.dp_shard=3", "parallel.schedule=zbw", "parallel.zero=7", "resume=maybe"):
         assert part in result.stderr, part

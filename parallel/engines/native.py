@@ -304,8 +304,9 @@ class NativeEngine:
         """The live tensors; see `Engine.state`. `engine.steps` counts steps, `engine.ema_updates` the average's."""
         tensors = self.parameters | self.placement.buffers
         state: dict[str, Tensor] = {f"model.{name}": tensor.detach() for name, tensor in tensors.items()}
+        moments = getattr(self.optimizer, "moments", self.optimizer.state)  # where a state is no checkpoint's as it is
         for name, parameter in self.parameters.items():
-            for moment, value in self.optimizer.state[parameter].items():
+            for moment, value in moments[parameter].items():
                 state[f"optimizer.{name}.{moment}"] = value
         if self.ema:
             state |= self.ema.state()
@@ -313,6 +314,8 @@ class NativeEngine:
 
     def loaded(self) -> None:
         """What was gathered before is stale."""
+        if hasattr(self.optimizer, "loaded"):
+            self.optimizer.loaded()
         self.placement.copy_twins()
         self._changed()
 

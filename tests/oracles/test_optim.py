@@ -11,6 +11,7 @@ from parallel import distributed
 from parallel.layout import Layout
 from tools.parity import ADAMW, MODEL, VOCABULARY, Training, batch_of, build, shares, train
 from train.models.transformer import initialise
+from train.optim.adam8bit import Adam8bit
 from train.optim.muon import Muon
 from train.optim.schedules import Constant, Cosine, Linear, Schedule
 
@@ -31,6 +32,29 @@ def test_muon_is_torchs_muon(scale: str, shape: tuple[int, int]) -> None:
         reference.step()
     # In bf16 the order of two scalar multiplications shows: 2 units in the last of 8 bits of the last updates.
     torch.testing.assert_close(ours.weight, theirs.weight, rtol=0, atol=0.02 * 0.02)
+
+
+def test_adam8bit_is_torchaos() -> None:
+    """Where the largest of each block is positive: torchao's scales have no sign."""
+    adam = pytest.importorskip("torchao.optim.adam")
+    quantised = pytest.importorskip("torchao.optim.subclass_8bit").OptimState8bit
+    ours = nn.Linear(64, 64, bias=False)
+    weight = ours.weight.detach().clone()
+    options = Adam8bit(lr=0.01)
+    mine = options.build(ours)
+    means, squares = quantised.zeros(weight.shape, signed=True), quantised.zeros(weight.shape, signed=False)
+    for step in range(5):
+        ours.weight.grad = torch.rand(weight.shape) - 0.1
+        betas, gradient, count = (options.beta1, options.beta2), ours.weight.grad.clone(), torch.tensor(step + 1.0)
+        mine.step()
+        adam.single_param_adam(
+            *(weight, gradient, count, means, squares, None, torch.tensor(options.lr), *betas),
+            *(options.weight_decay, options.eps, True, False),
+        )
+    state = mine.state[ours.weight]
+    assert torch.equal(state["exp_avg"], means.codes.flatten())
+    assert torch.equal(state["exp_avg_sq"], squares.codes.flatten())
+    torch.testing.assert_close(ours.weight, weight, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

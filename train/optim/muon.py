@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from conf.errors import Problem
 from conf.registry import register
 from parallel.matrices import map_whole
 from parallel.precision import PRECISIONS, has_native_bf16
-from parallel.reduce import by_mesh, local_of
-from train.optim.adamw import adam_problems, split_by_decay
+from parallel.reduce import local_of
+from train.optim.adamw import WithAdamW, adam_problems, adamw, sharded_as, split_by_decay
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -88,57 +87,16 @@ class Muon:
         decayed, others = split_by_decay(model)
         matrices = [p for p in decayed.values() if id(p) in hidden]
         rest = [p for p in decayed.values() if id(p) not in hidden]
-        adam: list[dict[str, Any]] = [
-            *({"params": alike, "weight_decay": self.weight_decay} for alike in by_mesh(rest)),
-            *({"params": alike, "weight_decay": 0.0} for alike in by_mesh(others.values())),
-        ]
-        return MuonWithAdamW(
-            matrices,
-            torch.optim.AdamW(
-                adam,
-                lr=self.adam_lr,
-                betas=(self.beta1, self.beta2),
-                eps=self.eps,
-                fused=True,
-            ),
-            self,
-        )
+        return MuonWithAdamW(matrices, adamw(self, rest, list(others.values()), self.adam_lr), self)
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """Both in one: the first parameter group is Muon's, the others are those of `adam`.
+class MuonWithAdamW(WithAdamW):
+    """Muon for the matrices."""
 
-    As fused optimizers of torch do, it divides gradients by `grad_scale` and leaves everything as it is where
-    `found_inf` is 1; both are scalars on the device, set before `step`.
-    """
-
-    _step_supports_amp_scaling = True
-
-    def __init__(self, matrices: list[nn.Parameter], adam: torch.optim.AdamW, options: Muon):
-        super().__init__([{"params": matrices}], {"lr": options.lr, "weight_decay": options.weight_decay})
-        self.adam = adam
-        self.options = options
-        self.grad_scale: Tensor | None = None
-        self.found_inf: Tensor | None = None
-        self.param_groups += adam.param_groups
-        adam.state = self.state
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        self.adam.grad_scale, self.adam.found_inf = self.grad_scale, self.found_inf  # type: ignore[attr-defined]
-        self.adam.step()
-        matrices = [p for p in self.param_groups[0]["params"] if p.grad is not None]
-        if matrices:
-            self._step_matrices(matrices, self.param_groups[0])
-
-    def _step_matrices(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
-        device = matrices[0].device
-        scale = torch.ones((), device=device) if self.grad_scale is None else self.grad_scale
-        skipped = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
+    def update(self, parameters: list[Tensor], group: dict[str, Any], scale: Tensor, skipped: Tensor) -> None:
         taken = 1 - skipped
         looking_ahead = []
-        for matrix in matrices:
+        for matrix in parameters:
             state = self.state[matrix]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(matrix)
@@ -147,9 +105,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
             # Where the step is skipped the gradient may be nan: the momentum takes its place, and so stays.
             gradient = torch.where(skipped > 0, momentum, gradient / scale)
             momentum.lerp_(gradient, 1 - self.options.momentum)
-            looking_ahead.append(_sharded_as(matrix, gradient.lerp_(momentum, self.options.momentum)))  # Nesterov's
+            looking_ahead.append(sharded_as(matrix, gradient.lerp_(momentum, self.options.momentum)))  # Nesterov's
         updates = map_whole(self._orthogonal, looking_ahead)
-        for matrix, update in zip(matrices, updates, strict=True):
+        for matrix, update in zip(parameters, updates, strict=True):
             rows, columns = matrix.shape[-2:]
             weight = local_of(matrix)
             weight.mul_(1 - group["lr"] * group["weight_decay"] * taken)
@@ -159,13 +117,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
         auto = self.options.precision == "auto" and has_native_bf16(matrix.device)
         dtype = torch.bfloat16 if auto or self.options.precision == "bf16" else torch.float32
         return orthogonalise(matrix, self.options.iterations, dtype)
-
-
-def _sharded_as(like: Tensor, local: Tensor) -> Tensor:
-    """`local` as this rank's part of a tensor that is sharded as `like` is."""
-    if not isinstance(like, DTensor):
-        return local
-    return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def orthogonalise(matrix: Tensor, iterations: int, dtype: torch.dtype) -> Tensor:

@@ -13,9 +13,34 @@ SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zer
 V_SCHEDULES = ("zbv", "dual_pipe_v")
 """Schedules whose ranks have one stage on the way down and one on the way back."""
 
-
 DEFERRING_SCHEDULES = ("interleaved_zero_bubble", "zbv", "dual_pipe_v")
 """Schedules that compute gradients of weights later than those of inputs."""
+
+ROUND_SCHEDULES = ("interleaved_1f1b", "interleaved_zero_bubble")
+"""Schedules that go in rounds of at least pp micro-batches, all of one length."""
+
+COUNTS = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "virtual_stages", "micro_batches")
+RECOMPUTE = ("none", "full", "selective")
+OFFLOAD = ("none", "optimizer", "parameters")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a layout divides of a model.
+
+    Args:
+        layers: blocks.
+        heads: query heads.
+        kv_heads: key/value heads.
+        intermediate: widths of the feed-forwards that tensor-parallel ranks share, in features.
+        experts: routed experts of a layer; 0 is a dense model.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: tuple[int, ...]
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,28 +96,140 @@ class Layout:
         """Tokens of a sequence are a multiple of this; the engine pads. (Two pieces a context-parallel rank.)"""
         return self.tp * (2 * self.cp if self.cp > 1 else 1)
 
-    def problems(self, world_size: int, global_batch: int) -> list[Problem]:
-        """All reasons why this layout cannot run on `world_size` processes with `global_batch` sequences a step."""
-        counts = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "virtual_stages", "micro_batches")
+    def problems(
+        self, world_size: int, global_batch: int, model: Sizes | None = None, *, compile: bool = False
+    ) -> list[Problem]:
+        """All reasons why this layout cannot run.
+
+        Args:
+            world_size: processes.
+            global_batch: sequences of a step.
+            model: what is to be trained, where that is known yet.
+            compile: whether blocks are compiled.
+        """
+        found = self._value_problems()
+        if any(getattr(self, key) < 1 for key in COUNTS):
+            return found  # what follows divides by them
+        if self.zero and self.dp > 1 and self.dp_shard * self.cp == 1:
+            fix = f"shares state among dp_shard=1 ranks, so nothing: use dp_shard={self.dp} dp_replicate=1, or zero=0"
+            found.append(Problem("parallel.zero", self.zero, fix))
+        found += self._pipeline_problems(compile)
+        found += self._switch_problems(compile)
+        found += self._expert_problems()
+        if model is not None:
+            found += self.model_problems(model)
+        return found + self._size_problems(world_size) + self._batch_problems(global_batch)
+
+    def model_problems(self, model: Sizes) -> list[Problem]:
+        """All reasons why this layout cannot divide a model."""
+        if min(model.layers, model.heads, model.kv_heads, *model.intermediate) < 1:
+            return []  # the model says so itself
+        found = []
+        if reasons := _broken_rules(model, self.tp):
+            works = [tp for tp in range(1, model.heads + 1) if not _broken_rules(model, tp)]
+            fix = f"must divide {'; and '.join(reasons)}; use {_or(_nearest(self.tp, works, 4))}"
+            found.append(Problem("parallel.tp", self.tp, fix))
+        stages = self.pp * self.virtual_stages
+        if stages > model.layers:
+            fix = f"makes {stages} stages, each of which needs one of the {model.layers} layers: " + (
+                f"use at most pp={model.layers}"
+                if self.virtual_stages == 1
+                else f"with virtual_stages={self.virtual_stages} use at most pp={model.layers // self.virtual_stages}"
+            )
+            found.append(Problem("parallel.pp", self.pp, fix))
+        if self.ep > 1 and model.experts == 0:
+            found.append(Problem("parallel.ep", self.ep, "the model has no experts to share; use 1"))
+        elif self.ep > 1 and model.experts % self.ep:
+            fix = (
+                f"must divide the {model.experts} experts of a layer; use {_or(_divisors_near(model.experts, self.ep))}"
+            )
+            found.append(Problem("parallel.ep", self.ep, fix))
+        return found
+
+    def _value_problems(self) -> list[Problem]:
+        """Each key by itself."""
         found = [
             Problem(f"parallel.{key}", getattr(self, key), "must be at least 1")
-            for key in counts
+            for key in COUNTS
             if getattr(self, key) < 1
         ]
         if self.zero not in (0, 1, 2, 3):
             found.append(Problem("parallel.zero", self.zero, "one of 0, 1, 2, 3"))
         if self.schedule not in SCHEDULES:
             found.append(Problem("parallel.schedule", self.schedule, f"one of {', '.join(SCHEDULES)}"))
-        if self.pp == 1 and self.virtual_stages > 1:
-            found.append(
-                Problem("parallel.virtual_stages", self.virtual_stages, "needs pp > 1; with pp=1 it must be 1")
+        if self.recompute not in RECOMPUTE and not _is_share(self.recompute):
+            fix = f"one of {', '.join(RECOMPUTE)}, or the share of blocks to recompute, between 0 and 1, as in 0.5"
+            found.append(Problem("parallel.recompute", self.recompute, fix))
+        if self.offload not in OFFLOAD:
+            found.append(Problem("parallel.offload", self.offload, f"one of {', '.join(OFFLOAD)}"))
+        return found
+
+    def _pipeline_problems(self, compile: bool) -> list[Problem]:
+        """Schedule, stages and micro-batches against each other."""
+        if self.pp == 1:
+            if self.virtual_stages == 1:
+                return []
+            return [Problem("parallel.virtual_stages", self.virtual_stages, "needs pp > 1; with pp=1 it must be 1")]
+        if self.schedule not in SCHEDULES:
+            return []
+        found = []
+        single, v_shaped = self.schedule in ("gpipe", "1f1b"), self.schedule in V_SCHEDULES
+        if single and self.virtual_stages > 1:
+            fix = f"schedule={self.schedule} has one stage a rank; use 1, or schedule=interleaved_1f1b"
+            found.append(Problem("parallel.virtual_stages", self.virtual_stages, fix))
+        elif v_shaped and self.virtual_stages != 2:
+            fix = f"schedule={self.schedule} has two stages a rank, there and back; use 2"
+            found.append(Problem("parallel.virtual_stages", self.virtual_stages, fix))
+        elif not single and not v_shaped and self.virtual_stages < 2:
+            fix = f"schedule={self.schedule} interleaves the stages of a rank; use 2 or more, or schedule=1f1b"
+            found.append(Problem("parallel.virtual_stages", self.virtual_stages, fix))
+        if self.schedule == "dual_pipe_v" and self.micro_batches < 2 * self.pp:
+            fix = f"schedule=dual_pipe_v fills both ways first: use at least {2 * self.pp} = 2 x pp"
+            found.append(Problem("parallel.micro_batches", self.micro_batches, fix))
+        if self.schedule in ROUND_SCHEDULES and not self._fills_rounds(self.micro_batches):
+            fitting = [n for n in range(1, self.micro_batches + self.pp + 1) if self._fills_rounds(n)]
+            fix = (
+                f"schedule={self.schedule} goes in rounds of equally many micro-batches, at least pp={self.pp}; "
+                f"use {_or(_nearest(self.micro_batches, fitting, 2))}"
             )
-        if any(getattr(self, key) < 1 for key in counts):
-            return found  # what follows divides by them
-        if self.zero and self.dp > 1 and self.dp_shard == 1:
-            fix = f"shares state among dp_shard=1 ranks, so nothing: use dp_shard={self.dp} dp_replicate=1, or zero=0"
+            found.append(Problem("parallel.micro_batches", self.micro_batches, fix))
+        if self.schedule not in DEFERRING_SCHEDULES:
+            return found
+        if self.zero > 1 and self.dp * self.cp > 1:
+            fix = (
+                f"with schedule={self.schedule}, gradients of weights come after FSDP2 has reduced and freed: silently "
+                "wrong; use zero=1, or schedule=interleaved_1f1b"
+            )
             found.append(Problem("parallel.zero", self.zero, fix))
-        return found + self._size_problems(world_size) + self._batch_problems(global_batch)
+        if compile:
+            fix = (
+                f"schedule={self.schedule} takes the backward pass in two halves, which a compiled block cannot: "
+                "silently wrong; use false, or schedule=interleaved_1f1b"
+            )
+            found.append(Problem("stage.compile", True, fix))
+        return found
+
+    def _fills_rounds(self, micro_batches: int) -> bool:
+        return micro_batches % max(1, micro_batches // self.pp) == 0
+
+    def _switch_problems(self, compile: bool) -> list[Problem]:
+        found = []
+        if self.ring and self.cp == 1:
+            found.append(Problem("parallel.ring", True, "passes keys around context-parallel ranks; needs cp > 1"))
+        if self.async_tp and self.tp == 1:
+            found.append(Problem("parallel.async_tp", True, "overlaps tensor-parallel collectives; needs tp > 1"))
+        if self.async_tp and not compile:
+            found.append(Problem("parallel.async_tp", True, "is a pass of the compiler; needs stage.compile=true"))
+        return found
+
+    def _expert_problems(self) -> list[Problem]:
+        """ep is cut out of the ranks that share state, or, where none is shared, out of all that have other data."""
+        ranks = self.dp_shard * self.cp if self.zero else self.dp * self.cp
+        if ranks % self.ep == 0:
+            return []
+        of = "dp_shard x cp" if self.zero else "dp_replicate x dp_shard x cp"
+        fix = f"must divide {of} = {ranks}" + (f" with zero={self.zero}" if self.zero else "")
+        return [Problem("parallel.ep", self.ep, f"{fix}; use {_or(_divisors_near(ranks, self.ep))}")]
 
     def _size_problems(self, world_size: int) -> list[Problem]:
         if self.world_size == world_size:
@@ -117,11 +254,39 @@ class Layout:
         nearest = sorted({max(parts, global_batch // parts * parts), -(-global_batch // parts) * parts})
         fix = (
             f"must be a multiple of {parts} = {self.dp} data-parallel ranks x {self.micro_batches} micro-batches; "
-            f"nearest: {' or '.join(map(str, nearest))}"
+            f"nearest: {_or(nearest)}"
         )
         if global_batch % self.dp == 0:
             share = global_batch // self.dp
-            fitting = [n for n in range(1, share + 1) if share % n == 0]
-            near = sorted(sorted(fitting, key=lambda n: abs(n - self.micro_batches))[:3])
-            fix += f"; or parallel.micro_batches={' or '.join(map(str, near))}"
+            fix += f"; or parallel.micro_batches={_or(_divisors_near(share, self.micro_batches))}"
         return [Problem("stage.global_batch", global_batch, fix)]
+
+
+def _broken_rules(model: Sizes, tp: int) -> list[str]:
+    """What tp must divide, and does not."""
+    rules = {
+        f"the model's {model.heads} query heads": model.heads % tp == 0,
+        f"its {model.kv_heads} key/value heads, or be a multiple of them": 0
+        in (model.kv_heads % tp, tp % model.kv_heads),
+        **{f"the feed-forward's {width} features": width % tp == 0 for width in model.intermediate},
+    }
+    return [rule for rule, holds in rules.items() if not holds]
+
+
+def _is_share(value: str) -> bool:
+    try:
+        return 0 < float(value) < 1
+    except ValueError:
+        return False
+
+
+def _nearest(wanted: int, fitting: list[int], count: int) -> list[int]:
+    return sorted(sorted(fitting, key=lambda n: abs(n - wanted))[:count])
+
+
+def _divisors_near(of: int, wanted: int) -> list[int]:
+    return _nearest(wanted, [n for n in range(1, of + 1) if of % n == 0], 3)
+
+
+def _or(values: list[int]) -> str:
+    return " or ".join(map(str, values))

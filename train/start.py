@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from conf.errors import LongrunError
+from conf.errors import ConfigError, LongrunError
 from data_pipeline.artifact import MANIFEST, Artifact, fingerprint, sha256_of
 from data_pipeline.tokenizer import Tokenizer
 from train.models import hf
@@ -51,6 +51,7 @@ class Start:
         Raises:
             StartError: no tokenizer, or the corpus's does not continue that of the model; or samples are longer than
                 the model's context.
+            ConfigError: the layout cannot divide the model of `init_from`.
         """
         data = Path(config.data.path)
         inputs = {"data": Artifact.read(data)}
@@ -78,6 +79,8 @@ class Start:
         architecture = replace(
             hf.read_config(directory), dropout=config.model.dropout, attention=config.model.attention
         )
+        if problems := config.parallel.model_problems(architecture.sizes):
+            raise ConfigError(problems)
         _check_length(config, architecture, f"max_position_embeddings of {directory / hf.CONFIG}")
         rows = int(json.loads((directory / hf.CONFIG).read_text())["vocab_size"])
         return cls(tokenizer, architecture, max(rows, tokenizer.vocabulary), directory, inputs, fingerprints)

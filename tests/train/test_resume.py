@@ -6,16 +6,20 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conf.errors import OccupiedError
+from conf.errors import ConfigError, OccupiedError
 from data_pipeline.artifact import Artifact
+from parallel.layout import Layout
 from tests.train.runs import begin, complete, until
 from train.metrics.jsonl import read
+from train.models.transformer import DecoderConfig
 from train.stages.base import STOPPED_EARLY
+from train.start import Start
 
 LONG = ("stage.steps=16", "stage.checkpoint_every=4", "stage.validate_every=6", "model.dropout=0.1", "stage.ema=0.9")
 
@@ -183,6 +187,17 @@ def test_fine_tuning_starts_from_the_weights_of_another_run(corpus, uninterrupte
     assert all(torch.equal(one[name], other[name]) for name in other)
     artifact = Artifact.read(run_dir)
     assert artifact.inputs["model"]["id"] == Artifact.read(uninterrupted).id
+
+
+def test_a_layout_that_cannot_divide_the_model_it_starts_from_is_refused(corpus, uninterrupted):
+    config = SimpleNamespace(
+        data=SimpleNamespace(path=corpus, sequence_length=32),
+        init_from=uninterrupted,
+        model=DecoderConfig(heads=3),
+        parallel=Layout(tp=3, pp=9),
+    )
+    with pytest.raises(ConfigError, match=r"(?s)parallel.tp=3: must divide the model's 4 query heads.*parallel.pp=9"):
+        Start.of(config)
 
 
 def test_samples_longer_than_the_context_of_the_model_are_refused(corpus, tmp_path):

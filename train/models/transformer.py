@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from conf.errors import Problem
 from conf.registry import register
+from parallel.layout import Sizes
 from parallel.plan import Plan
 from train.models.attention import BACKENDS, Visibility, attention, visibility
 from train.models.cache import Cache, LayerCache
@@ -98,7 +99,17 @@ class DecoderConfig:
             found.append(Problem("model.attention", self.attention, f"one of {', '.join(BACKENDS)}"))
         if self.rope.scaling not in SCALINGS:
             found.append(Problem("model.rope.scaling", self.rope.scaling, f"one of {', '.join(SCALINGS)}"))
+        if self.attention == "flash" and config.parallel.cp > 1:
+            fix = "cannot tell the keys of other context-parallel ranks apart; use auto with parallel.cp > 1"
+            found.append(Problem("model.attention", self.attention, fix))
         return found + self.moe.problems(self.layers)
+
+    @property
+    def sizes(self) -> Sizes:
+        """What a layout divides."""
+        dense = not all(self.moe.sparse(layer) for layer in range(self.layers))
+        widths = [width for width in (self.intermediate * dense, self.moe.shared * (self.moe.experts > 0)) if width]
+        return Sizes(self.layers, self.heads, self.kv_heads, tuple(widths), self.moe.experts)
 
     def build(self, vocabulary: int) -> "Decoder":
         """The model, uninitialised: call `initialise`, or load weights. May be called under torch.device("meta")."""

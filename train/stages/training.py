@@ -104,7 +104,9 @@ class Training(Stage):
             found.append(Problem("stage.precision", self.precision, f"one of {', '.join(PRECISIONS)}"))
         if self.patience > 0 and self.validate_every == 0:
             found.append(Problem("stage.patience", self.patience, "needs validations: set stage.validate_every, or 0"))
-        return found + config.parallel.problems(world_size, self.global_batch)
+        # The sizes of a model that is given are known once it is read: see `Start.of`.
+        sizes = None if config.init_from else config.model.sizes
+        return found + config.parallel.problems(world_size, self.global_batch, sizes, compile=self.compile)
 
     def run(self, config: "RunConfig", resolved: dict[str, Any]) -> int:
         """Train, or go on with training, until the artifact is there.

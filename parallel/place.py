@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from parallel import linear
+from parallel import context, linear
 from parallel.engine import Settings
 from parallel.layout import DEFERRING_SCHEDULES, Layout
 from parallel.mesh import PIPELINE, TENSOR, Mesh
@@ -101,6 +101,8 @@ class Placement:
         """Everything that changes how a part computes, before it is sharded."""
         if self.layout.tp > 1:
             self.tensors.append(Tensors(part, part.plan, self.mesh.tensor))  # type: ignore[arg-type]
+        if self.layout.cp > 1:
+            context.install(part, self.mesh.context_group, self.layout.ring)
         if self.layout.schedule in DEFERRING_SCHEDULES:
             linear.install(part)
         if settings.compile:

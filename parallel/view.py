@@ -6,9 +6,11 @@ Shape suffixes: B sequences, L tokens, l tokens of this rank, N features.
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.context import gather_own, indices, take
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 
@@ -22,8 +24,9 @@ class View:
     Args:
         batch: as the objective sees it, on the device.
         tokens_Bl, positions_Bl, documents_Bl, labels_Bl: this rank's tokens.
-        context: further arguments of the model's forward.
         length: tokens of a sequence before padding.
+        group: the ranks that have the other tokens; None where there are none.
+        context: further arguments of the model's forward.
     """
 
     batch: Any
@@ -32,6 +35,7 @@ class View:
     documents_Bl: Tensor
     labels_Bl: Tensor
     length: int
+    group: dist.ProcessGroup | None = None
     context: dict[str, Any] = field(default_factory=dict)
 
     def through(self, model: nn.Module, hidden_BlN: Tensor | None) -> Tensor:
@@ -41,7 +45,8 @@ class View:
 
     def whole(self, logprobs_Bl: Tensor) -> Tensor:
         """logprobs_BL of the whole sequences, without padding."""
-        return logprobs_Bl if logprobs_Bl.shape[1] == self.length else logprobs_Bl[:, : self.length]
+        logprobs_BL = logprobs_Bl if self.group is None else gather_own(logprobs_Bl, self.group)
+        return logprobs_BL if logprobs_BL.shape[1] == self.length else logprobs_BL[:, : self.length]
 
 
 def view_of(batch: Any, layout: Layout, mesh: Mesh, **context: Any) -> View:
@@ -52,7 +57,12 @@ def view_of(batch: Any, layout: Layout, mesh: Mesh, **context: Any) -> View:
     positions_BL = _padded(batch.positions_BL, missing, 0)
     documents_BL = _padded(batch.documents_BL, missing, PADDING)
     labels_BL = _padded(batch.labels_BL, missing, IGNORED)
-    return View(batch, tokens_BL, positions_BL, documents_BL, labels_BL, length, context)
+    if layout.cp == 1:
+        return View(batch, tokens_BL, positions_BL, documents_BL, labels_BL, length, context=context)
+    index_l = indices(tokens_BL.shape[1], layout.cp, mesh.cp_rank, tokens_BL.device)
+    mine = (take(t, layout.cp, mesh.cp_rank) for t in (tokens_BL, positions_BL, documents_BL, labels_BL))
+    context |= {"index_L": index_l, "key_documents_BS": documents_BL}
+    return View(batch, *mine, length, mesh.context_group, context)
 
 
 def _padded(values_BL: Tensor, missing: int, value: int) -> Tensor:

@@ -9,6 +9,7 @@ from tools.parity.layouts import parse
 from tools.parity.training import MODEL, MUON, Training
 from train.objectives.dpo import DPO
 from train.objectives.sft import SFT
+from train.optim.adam8bit import Adam8bit
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Gate:
 
 FP32 = Gate()
 BF16 = Gate(loss=2e-3, grad_norm=5e-2, weights=5e-2)
-"""Against one process in fp32: what rounding to 8 bits costs, and no more."""
+"""What rounding activations or moments to 8 bits costs, and no more."""
 
 
 PLAIN = Training()
@@ -59,6 +60,7 @@ class Cell:
     family: str = "given"
 
 
+EIGHT_BIT = Training(optim=Adam8bit(lr=1e-3, eps=1e-6))
 DEEP = Training(model=replace(MODEL, layers=8))
 UNEVEN = Training(model=replace(MODEL, layers=5))
 UNTIED = Training(model=replace(MODEL, tied=False, qkv_bias=True, qk_norm=True))
@@ -123,6 +125,15 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("muon-zero2", "dp2.zero2.mb2", MUONS),
         ("muon-zero3", "dp2.zero3.mb2", MUONS),
         ("muon-hsdp-zero2", "dp_replicate2.dp2.zero2.mb2", MUONS),
+        ("muon-tp2", "tp2.mb2", MUONS),
+        ("muon-tp2-zero3", "dp2.tp2.zero3.mb2", MUONS),
+        ("muon-pp2", "pp2.mb4", MUONS),
+        ("muon-pp2-tp2", "pp2.tp2.mb4", MUONS),
+    ],
+    "8-bit Adam": [
+        ("adam8bit-zero3", "dp2.zero3.mb2", EIGHT_BIT),
+        ("adam8bit-tp2", "tp2.mb2", EIGHT_BIT),
+        ("resume-adam8bit-zero3-then-alone", "dp2.zero3.mb2 > alone", EIGHT_BIT),
     ],
     "bf16": [
         ("bf16-zero0", "dp2.mb2", HALF),
@@ -155,12 +166,13 @@ def made(family: str, name: str, way: str, training: Training = PLAIN) -> Cell:
     """A row of the table as a cell."""
     first, *rest = _stretches(way)
     second = rest[0] if rest else ("", None)
+    exact = training.precision == "fp32" and not isinstance(training.optim, Adam8bit)
     return Cell(
         name,
         first[1],
         training,
         resumed=second[1],
-        gate=FP32 if training.precision == "fp32" else BF16,
+        gate=FP32 if exact else BF16,
         engine=first[0],
         resumed_engine=second[0],
         family=family,

@@ -118,6 +118,10 @@ class Engine(Protocol):
         """To be called after tensors of `state()` were overwritten in place."""
         ...
 
+    def tensors(self, ema: bool = False) -> dict[str, Tensor]:
+        """This rank's fp32 weights by parameter name: live, sharded, and under pipeline parallelism some only."""
+        ...
+
     def weights(self, ema: bool = False) -> dict[str, Tensor]:
         """Full fp32 weights on the CPU of rank 0, by parameter name; empty on the other ranks."""
         ...

@@ -54,18 +54,14 @@ class Embedded:
         from data_pipeline.tokenizer import Tokenizer
         from train.export.source import end_ids
         from train.generate import Generator
-        from train.models import hf
+        from train.models import hf, hf_weights
 
         directory = hf.model_directory(target)
         kind = Artifact.read(target).kind if (Path(target) / MANIFEST).exists() else "model"
         tokenizer = Tokenizer.load(directory)
         config = replace(hf.read_config(directory), attention="sdpa")
-        weights = hf.read_weights(directory, config)
-        with torch.device("meta"):
-            model = config.build(weights[hf.EMBEDDING].shape[0])
-        model.load_state_dict(weights, assign=True)
-        if torch.cuda.is_available():
-            model = model.to("cuda", torch.bfloat16)
+        where = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        model = hf_weights.decoder(directory, config, *where)
         self.name = f"{kind} {target}"
         self.chats = mode == "chat" or (mode == "auto" and tokenizer.chat_template is not None and kind != "pretrain")
         self.ends = tuple(tokenizer.decode([end], skip_special=False) for end in end_ids(directory, tokenizer))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from conf.errors import LongrunError
 from data_pipeline.artifact import Draft
@@ -21,7 +20,7 @@ from parallel.precision import compute_dtype
 from train import checkpoint
 from train.loop import End, Loop, Validation
 from train.metrics.base import Metrics, Run
-from train.models import hf
+from train.models import hf_weights
 from train.monitor import DivergedError, Monitor, Rates
 from train.objectives.base import MicroBatch, Samples
 from train.objectives.clm import CausalLM
@@ -232,23 +231,20 @@ class Session:
         """Write the weights as a Hugging Face directory, then the manifest."""
         memory = torch.tensor(peak_memory(self.world.device))
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        weights = self.engine.weights(ema=self.stage.ema > 0)
+        with together():
+            try:
+                weights = self.engine.tensors(ema=self.stage.ema > 0)
+                hf_weights.write(self.directory / MODEL, self.start.architecture, weights, self.start.tokenizer)
+            except hf_weights.UnwrittenError as error:
+                raise PublishError(
+                    f"{error} The checkpoint of step {self.progress.step} holds it: make room, then start the same "
+                    "command again."
+                ) from error
         with together():
             if self.first:
-                self._write(loop, validation, weights, int(memory))
+                self._conclude(loop, validation, int(memory))
 
-    def _write(self, loop: Loop, validation: dict[str, float], weights: dict[str, Tensor], memory_bytes: int) -> None:
-        from safetensors import SafetensorError
-
-        try:
-            hf.write(self.directory / MODEL, self.start.architecture, weights, self.start.tokenizer)
-        except (OSError, SafetensorError) as error:
-            needed = sum(weight.nbytes for weight in weights.values())
-            raise PublishError(
-                f"the model was not written to {self.directory / MODEL}: {error}. {needed / 1e6:.1f} MB are needed, "
-                f"{shutil.disk_usage(self.directory).free / 1e6:.1f} MB free. The checkpoint of step "
-                f"{self.progress.step} holds it: make room, then start the same command again."
-            ) from error
+    def _conclude(self, loop: Loop, validation: dict[str, float], memory_bytes: int) -> None:
         summary: dict[str, Any] = {
             "steps": self.progress.step,
             "samples": self.progress.samples,
@@ -269,7 +265,7 @@ class Session:
             facts={
                 "processes": self.world.size,
                 "device": self.world.device.type,
-                "parameters": sum(weight.numel() for weight in weights.values()),
+                "parameters": self.start.architecture.parameter_count(self.start.vocabulary),
                 "fingerprints": self.inputs,
             },
             started_s=self.started_s,

@@ -1,19 +1,17 @@
 """What a training run starts from: a tokenizer, an architecture, weights."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import nn
 
 from conf.errors import ConfigError, LongrunError
 from data_pipeline.artifact import MANIFEST, Artifact, fingerprint, sha256_of
 from data_pipeline.tokenizer import Tokenizer
-from train.models import hf
+from train.models import hf, hf_weights
 from train.models.transformer import Decoder, DecoderConfig, initialise
 
 if TYPE_CHECKING:
@@ -101,8 +99,7 @@ class Start:
         if self.weights is None:
             initialise(model, seed)
         else:
-            weights = hf.read_weights(self.weights, self.architecture)
-            _copy_into(model, hf.extend_vocabulary(weights, self.vocabulary))
+            hf_weights.load(model, self.weights, self.architecture)
 
 
 def _check_length(config: "RunConfig", architecture: DecoderConfig, source: str) -> None:
@@ -144,13 +141,3 @@ def _continues(own: Tokenizer, brought: Tokenizer, data: Path, model: Path) -> N
             f"of the model's {brought.vocabulary} tokens have no or another id there, for instance {moved[0]!r}. Make "
             "the corpus with the model's tokenizer."
         )
-
-
-@torch.no_grad()
-def _copy_into(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Every rank has the whole tensor and keeps its part."""
-    for name, parameter in model.named_parameters():
-        full = weights[name].to(parameter.device, parameter.dtype)
-        if isinstance(parameter, DTensor):
-            full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(full)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from conf.errors import LongrunError
@@ -24,6 +23,7 @@ from parallel.decode import Decoding
 from parallel.distributed import World
 from parallel.ema import Average
 from parallel.engine import Outputs, Settings, StepResult
+from parallel.gather import Gathered
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.pipeline import Part, Pipeline
@@ -125,7 +125,6 @@ class NativeEngine:
         self.settings = settings
         self.model = model
         self.layout, self.mesh = layout, mesh
-        self.rank = world.rank
         self.compute = compute
         self.pipeline = Pipeline(self.parts, layout, mesh.axes["pp"].get_group(), world.device)
         self._metrics: dict[type, list[str]] = {}
@@ -319,18 +318,12 @@ class NativeEngine:
         self.placement.copy_twins()
         self._changed()
 
-    @torch.no_grad()
+    def tensors(self, ema: bool = False) -> dict[str, Tensor]:
+        """The live weights of this rank; see `Engine.tensors`."""
+        return (self._average().tensors if ema else self.parameters) | self.placement.buffers
+
     def weights(self, ema: bool = False) -> dict[str, Tensor]:
         """Full fp32 weights on the CPU of rank 0. The others help to gather, one tensor at a time, and keep nothing."""
-        full = {}
-        tensors = (self._average().tensors if ema else self.parameters) | self.placement.buffers
-        first_of_stage = self.rank % (self.layout.world_size // self.layout.pp) == 0
-        for name, tensor in tensors.items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if first_of_stage:
-                full[name] = whole.detach().to("cpu", torch.float32, copy=True)
-        if self.layout.pp == 1:
-            return full
-        everyone: list[Any] = [None] * self.layout.world_size
-        dist.gather_object(full, everyone if self.rank == 0 else None)
-        return {name: w for part in everyone for name, w in part.items()} if self.rank == 0 else {}
+        gathered = Gathered(self.tensors(ema))
+        found = {name: gathered.whole(name) for name in gathered.meta}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}

@@ -6,7 +6,7 @@ import transformers
 from transformers.generation import logits_process
 
 from train.generate import Generator, Sampling, distribution
-from train.models import hf
+from train.models import hf, hf_weights
 
 VOCABULARY = 61
 
@@ -39,7 +39,7 @@ def test_greedy_tokens_of_a_ragged_batch_are_those_of_transformers(tmp_path):
     there = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     there.save_pretrained(tmp_path)
     here = hf.read_config(tmp_path).build(VOCABULARY)
-    here.load_state_dict(hf.read_weights(tmp_path, here.config))
+    here.load_state_dict(hf_weights.read(tmp_path, here.config))
     prompts = [[5, 7, 9, 11, 2], [3], [8, 8]]
     answers = Generator(here, Ids()).generate(prompts, Sampling(max_tokens=24))
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from train.models import hf
+from train.models import hf, hf_weights
 from train.models.transformer import Decoder
 
 VOCABULARY = 97
@@ -73,7 +73,7 @@ def theirs(config: transformers.PreTrainedConfig) -> transformers.PreTrainedMode
 def ours(directory) -> Decoder:
     config = hf.read_config(directory)
     model = config.build(VOCABULARY)
-    model.load_state_dict(hf.read_weights(directory, config))
+    model.load_state_dict(hf_weights.read(directory, config))
     return model
 
 
@@ -91,7 +91,7 @@ def test_logits_equal_those_of_transformers_both_ways(tmp_path, seed):
     expected_BLV = there(tokens_BL).logits
     torch.testing.assert_close(logits_BLV, expected_BLV, rtol=0, atol=1e-4)
 
-    hf.write(tmp_path / "ours", here.config, dict(here.named_parameters()), Words(), max_shard_bytes=20_000)
+    hf_weights.write(tmp_path / "ours", here.config, dict(here.named_parameters()), Words(), max_shard_bytes=20_000)
     again, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", dtype=torch.float32, output_loading_info=True
     )

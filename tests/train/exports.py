@@ -9,7 +9,7 @@ import torch
 from data_pipeline.artifact import Artifact, Draft
 from data_pipeline.tokenizer import Tokenizer
 from tests.data import tiny_tokenizer
-from train.models import hf
+from train.models import hf_weights
 from train.models.transformer import DecoderConfig, initialise
 
 TINY = DecoderConfig(layers=2, hidden=64, intermediate=96, heads=2, kv_heads=1, head_dim=32, max_positions=512)
@@ -41,7 +41,7 @@ def trained_run(
 ) -> Artifact:
     """What a training stage leaves: `model/` and a manifest."""
     tokenizer = tokenizer or tiny_tokenizer()
-    hf.write(directory / "model", config, weights_of(config, tokenizer.vocabulary, seed), tokenizer)
+    hf_weights.write(directory / "model", config, weights_of(config, tokenizer.vocabulary, seed), tokenizer)
     recipe = {"stage.steps": 40, "stage.global_batch": 16, "optim.lr": 3e-4, "seed": seed}
     metrics = {"steps": 40, "tokens": 81920, "loss": 2.5, "validation_loss": 2.6}
     return Draft(directory, kind, recipe, inputs or {}, metrics=metrics).publish("model/**/*")

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conf.errors import ConfigError, LongrunError, OccupiedError
 from data_pipeline.artifact import Artifact, ArtifactError, Draft
 from data_pipeline.tokenizer import Tokenizer
 from tests.train.exports import corpus, evaluation, stage, trained_run
 from train.export.gate import GateError
-from train.export.huggingface import OverflowInExportError, rounded
+from train.export.huggingface import OverflowInExportError
 from train.export.source import Source, SourceError, end_of_turn
-from train.models import hf
+from train.models import hf, hf_weights
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_an_export_is_what_transformers_expects_and_holds_the_same_weights(life,
     assert len(shards) > 2
     assert sum(file.stat().st_size <= 100_000 + 4096 for file in shards) >= len(shards) - 1, "one tensor may be larger"
     config = hf.read_config(directory)
-    ours, theirs = hf.read_weights(life / "sft" / "model", config), hf.read_weights(directory, config)
+    ours, theirs = hf_weights.read(life / "sft" / "model", config), hf_weights.read(directory, config)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert {f"model/{name}" for name in names} == set(artifact.files), "everything is under checksum"
     assert all(file.stat().st_mode == (directory / "config.json").stat().st_mode for file in shards)
@@ -70,13 +71,19 @@ def test_the_dtype_is_that_of_the_weights_rounded(life, tmp_path):
     directory = tmp_path / "export" / "model"
     assert json.loads((directory / "config.json").read_text())["dtype"] == "bfloat16"
     config = hf.read_config(directory)
-    before, after = hf.read_weights(life / "sft" / "model", config), hf.read_weights(directory, config)
+    before, after = hf_weights.read(life / "sft" / "model", config), hf_weights.read(directory, config)
     assert all(torch.equal(before[name].bfloat16().float(), after[name]) for name in before)
 
 
-def test_weights_that_overflow_the_dtype_are_refused():
-    with pytest.raises(OverflowInExportError, match=r"a\.weight.*bfloat16"):
-        rounded({"a.weight": torch.tensor([1e6])}, torch.float16)
+def test_weights_that_overflow_the_dtype_are_refused(life, tmp_path):
+    run = shutil.copytree(life / "sft" / "model", tmp_path / "run")
+    weights = load_file(run / "model.safetensors")
+    weights["model.norm.weight"][3] = 1e6
+    save_file(weights, run / "model.safetensors")
+    settings = {"stage": "export", "init_from": run, "run_dir": tmp_path / "export", "export.force": "true"}
+    with pytest.raises(OverflowInExportError, match=r"model\.norm\.weight.*float16.*bfloat16"):
+        stage(**settings, **{"export.dtype": "float16"})
+    assert not (tmp_path / "export" / "model" / "config.json").exists()
 
 
 def test_a_failed_gate_stops_the_export_and_says_which_check(life, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from train.models import hf
+from train.models import hf, hf_weights
 from train.models.hf import HuggingFaceError
 from train.models.rope import Rope
 from train.models.transformer import DecoderConfig, initialise
@@ -36,7 +36,7 @@ def weights_of(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> dic
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    hf.write(tmp_path / "model", CONFIG, weights_of(CONFIG), Words())
+    hf_weights.write(tmp_path / "model", CONFIG, weights_of(CONFIG), Words())
     return tmp_path / "model"
 
 
@@ -59,30 +59,30 @@ def changed(directory: Path, **keys: object) -> None:
 )
 def test_what_is_written_is_read_again(tmp_path, config, max_shard_bytes):
     weights = weights_of(config)
-    hf.write(tmp_path, config, weights, Words(), max_shard_bytes)
+    hf_weights.write(tmp_path, config, weights, Words(), max_shard_bytes)
     assert len(list(tmp_path.glob("*.safetensors"))) == (1 if max_shard_bytes > 8000 else pytest.approx(10, abs=9))
     assert hf.read_config(tmp_path) == config
-    found = hf.read_weights(tmp_path, config)
+    found = hf_weights.read(tmp_path, config)
     assert list(found) == list(weights)
     assert all(torch.equal(found[name], weights[name]) for name in weights)
 
 
 def test_shards_keep_to_their_size_and_stale_ones_are_removed(tmp_path):
     weights = weights_of(CONFIG)
-    hf.write(tmp_path, CONFIG, weights, Words(), 8000)
+    hf_weights.write(tmp_path, CONFIG, weights, Words(), 8000)
     shards = [load_file(f) for f in sorted(tmp_path.glob("*.safetensors"))]
     assert len(shards) > 1
     assert all(len(s) == 1 or sum(t.nbytes for t in s.values()) <= 8000 for s in shards)
     assert sorted(n for s in shards for n in s) == sorted(weights)
-    hf.write(tmp_path, CONFIG, weights, Words())
+    hf_weights.write(tmp_path, CONFIG, weights, Words())
     assert {f.name for f in tmp_path.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
 
 
 def test_bf16_files_are_read_as_fp32(tmp_path):
     weights = weights_of(CONFIG, torch.bfloat16)
-    hf.write(tmp_path, CONFIG, weights, Words())
+    hf_weights.write(tmp_path, CONFIG, weights, Words())
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
-    found = hf.read_weights(tmp_path, CONFIG)
+    found = hf_weights.read(tmp_path, CONFIG)
     assert all(found[n].dtype == torch.float32 and torch.equal(found[n], weights[n].float()) for n in weights)
 
 
@@ -94,7 +94,7 @@ def test_every_wrong_tensor_is_listed_at_once(directory):
     weights["lm_head.weight"] = weights["lm_head.weight"].to(torch.int8)
     save_file(weights, directory / "model.safetensors")
     with pytest.raises(HuggingFaceError) as caught:
-        hf.read_weights(directory, CONFIG)
+        hf_weights.read(directory, CONFIG)
     message = str(caught.value)
     assert "model.norm.weight: missing" in message
     assert "model.layers.1.mlp.up_proj.weight: shape (3, 4), (48, 32) expected" in message
@@ -107,33 +107,33 @@ def test_a_pickle_is_refused_unopened(directory, name):
     (directory / "model.safetensors").unlink()
     (directory / name).write_bytes(b"cos\nsystem\n(S'touch /tmp/opened'\ntR.")
     with pytest.raises(HuggingFaceError, match=rf"pickle files \({name}\).*refused, unopened"):
-        hf.read_weights(directory, CONFIG)
+        hf_weights.read(directory, CONFIG)
 
 
 def test_a_pickle_beside_safetensors_is_ignored(directory):
     (directory / "training_args.bin").write_bytes(b"anything")
-    assert hf.read_weights(directory, CONFIG)
+    assert hf_weights.read(directory, CONFIG)
 
 
 def test_a_truncated_file_is_refused_by_name(directory):
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(HuggingFaceError, match=r"model\.safetensors cannot be read .* truncated or damaged"):
-        hf.read_weights(directory, CONFIG)
+        hf_weights.read(directory, CONFIG)
 
 
 def test_a_shard_that_the_index_names_must_be_there(tmp_path):
-    hf.write(tmp_path, CONFIG, weights_of(CONFIG), Words(), 8000)
+    hf_weights.write(tmp_path, CONFIG, weights_of(CONFIG), Words(), 8000)
     gone = sorted(tmp_path.glob("*.safetensors"))[1]
     gone.unlink()
     with pytest.raises(HuggingFaceError, match=f"absent files: {gone.name}"):
-        hf.read_weights(tmp_path, CONFIG)
+        hf_weights.read(tmp_path, CONFIG)
 
 
 def test_a_directory_without_weights_is_refused(directory):
     (directory / "model.safetensors").unlink()
     with pytest.raises(HuggingFaceError, match=r"holds no weights: neither model\.safetensors"):
-        hf.read_weights(directory, CONFIG)
+        hf_weights.read(directory, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -166,30 +166,29 @@ def test_the_older_spelling_of_rope_is_understood(directory):
 def test_a_stored_copy_of_a_tied_head_must_equal_the_embedding(tmp_path):
     config = replace(CONFIG, tied=True)
     weights = weights_of(config)
-    hf.write(tmp_path, config, weights, Words())
+    hf_weights.write(tmp_path, config, weights, Words())
     copy = weights | {"lm_head.weight": weights[hf.EMBEDDING].clone()}
     save_file(copy, tmp_path / "model.safetensors")
-    assert list(hf.read_weights(tmp_path, config)) == list(weights)
+    assert list(hf_weights.read(tmp_path, config)) == list(weights)
     copy["lm_head.weight"][0, 0] += 1
     save_file(copy, tmp_path / "model.safetensors")
     with pytest.raises(HuggingFaceError, match=r"lm_head\.weight: differs from model\.embed_tokens\.weight"):
-        hf.read_weights(tmp_path, config)
+        hf_weights.read(tmp_path, config)
 
 
-def test_new_tokens_get_the_mean_row_and_old_ones_keep_theirs():
+@torch.no_grad()
+def test_new_tokens_get_the_mean_row_and_old_ones_keep_theirs(directory):
     weights = weights_of(CONFIG)
-    extended = hf.extend_vocabulary(weights, VOCABULARY + 3)
+    before, after = CONFIG.build(VOCABULARY), CONFIG.build(VOCABULARY + 3)
+    for model in (before, after):
+        hf_weights.load(model, directory, CONFIG)
+    extended = after.state_dict()
     for name in (hf.EMBEDDING, hf.HEAD):
         assert torch.equal(extended[name][:VOCABULARY], weights[name])
         torch.testing.assert_close(extended[name][VOCABULARY:], weights[name].mean(0).expand(3, -1))
     tokens_BL = torch.arange(6)[None]
     arguments = (tokens_BL, tokens_BL, torch.zeros_like(tokens_BL))
-    models = [CONFIG.build(VOCABULARY), CONFIG.build(VOCABULARY + 3)]
-    for model, values in zip(models, (weights, extended), strict=True):
-        model.load_state_dict(values)
-    before_BLV, after_BLV = (model(*arguments) for model in models)
-    torch.testing.assert_close(after_BLV[..., :VOCABULARY], before_BLV)
-    assert hf.extend_vocabulary(weights, VOCABULARY - 5)[hf.EMBEDDING].shape[0] == VOCABULARY  # padding rows stay
+    torch.testing.assert_close(after(*arguments)[..., :VOCABULARY], before(*arguments))
 
 
 def test_weights_that_do_not_fit_are_not_written(tmp_path, directory):
@@ -198,17 +197,17 @@ def test_weights_that_do_not_fit_are_not_written(tmp_path, directory):
     weights["extra"] = torch.zeros(1)
     before = (directory / "model.safetensors").read_bytes()
     with pytest.raises(HuggingFaceError, match=r"(?s)model\.norm\.weight: missing.*extra: unexpected"):
-        hf.write(directory, CONFIG, weights, Words())
+        hf_weights.write(directory, CONFIG, weights, Words())
     assert (directory / "model.safetensors").read_bytes() == before
     few = {n: t[:9] if n in (hf.EMBEDDING, hf.HEAD) else t for n, t in weights_of(CONFIG).items()}
     with pytest.raises(HuggingFaceError, match=f"the tokenizer has {VOCABULARY} tokens, the embedding 9 rows"):
-        hf.write(tmp_path / "few", CONFIG, few, Words())
+        hf_weights.write(tmp_path / "few", CONFIG, few, Words())
 
 
 def test_features_that_no_architecture_has_together_are_refused(tmp_path):
     config = replace(CONFIG, qk_norm=True, mlp_bias=True)
     with pytest.raises(HuggingFaceError, match="No Hugging Face architecture has these together: qk_norm=True"):
-        hf.write(tmp_path, config, weights_of(config), Words())
+        hf_weights.write(tmp_path, config, weights_of(config), Words())
     assert not list(tmp_path.iterdir())
 
 

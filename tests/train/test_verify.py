@@ -15,7 +15,7 @@ from data_pipeline.artifact import MANIFEST, Artifact, ArtifactError, Draft
 from tests.train.exports import TINY, evaluation, stage, trained_run
 from train.export import verification
 from train.export.verification import Check, Reference, VerificationError, ask_transformers, compare, questions
-from train.models import hf
+from train.models import hf, hf_weights
 
 TOLERANCE, TOKENS = 1e-4, 32
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ def test_a_tokenizer_that_transformers_would_replace_beside_qwen2_is_kept(tmp_pa
 
 def test_an_export_with_wrong_weights_is_not_verified_though_its_checksums_are_right(life, tmp_path):
     def swap_two_layers(directory: Path) -> None:
-        weights = hf.read_weights(directory, hf.read_config(directory))
+        weights = hf_weights.read(directory, hf.read_config(directory))
         for part in ("q_proj", "o_proj"):
             first, second = (f"model.layers.{layer}.self_attn.{part}.weight" for layer in (0, 1))
             weights[first], weights[second] = weights[second], weights[first]

@@ -12,7 +12,7 @@ from torch import Tensor
 from data_pipeline.batch import MicroBatch
 from data_pipeline.tokenizer import Tokenizer
 from train.export.source import Source
-from train.models.hf import EMBEDDING
+from train.models import hf_weights
 from train.models.transformer import Decoder
 
 
@@ -35,14 +35,11 @@ class Subject:
         """Read a training run, an export, or a Hugging Face directory.
 
         Raises:
-            LongrunError: see `Source.read`, and `read_weights`.
+            LongrunError: see `Source.read`, and `hf_weights.Stored`.
         """
         source = Source.read(path)
-        weights = source.weights()
-        with torch.device("meta"):
-            model = source.config.build(weights[EMBEDDING].shape[0])
-        model.load_state_dict({name: weight.to(device, dtype) for name, weight in weights.items()}, assign=True)
-        return cls(name_of(path), source, model.eval())
+        model = hf_weights.decoder(source.directory, source.config, device, dtype)
+        return cls(name_of(path), source, model)
 
     @property
     def tokenizer(self) -> Tokenizer:

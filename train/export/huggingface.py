@@ -15,7 +15,8 @@ from train.export.base import Exporter
 from train.export.card import model_card
 from train.export.gate import Verdict
 from train.export.source import Source, end_ids
-from train.models import hf
+from train.models import hf, hf_weights
+from train.models.hf_weights import Stored
 from train.models.transformer import DecoderConfig
 
 if TYPE_CHECKING:
@@ -57,33 +58,50 @@ class HuggingFaceExporter(Exporter):
         if tokenizer.chat_template is not None:  # readers older than chat_template.jinja look in tokenizer_config.json
             config = {**tokenizer.config, "chat_template": tokenizer.chat_template}
             tokenizer = Tokenizer(tokenizer.backend, config, tokenizer.chat_template, tokenizer.source)
-        architecture, exact = source.config, source.weights()
+        architecture = source.config
         if hf.architecture(architecture) == "qwen2" and not keeps_tokenizer(source):
-            architecture, exact = as_llama(architecture, exact)
-        weights = rounded(exact, DTYPES[self.dtype])
-        hf.write(directory, architecture, weights, tokenizer, self.max_shard_bytes)
-        for file in directory.glob("*.safetensors"):  # written for their owner only; whoever reads the rest reads them
-            file.chmod((directory / hf.CONFIG).stat().st_mode)
+            architecture = as_llama(architecture)
+        weights = Rounded(source.weights(), architecture, DTYPES[self.dtype])
+        hf_weights.write_from(directory, architecture, weights, tokenizer, self.max_shard_bytes)
         generation = generation_config(source)
         (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-        parameters = sum(tensor.numel() for tensor in weights.values())
+        parameters = sum(tensor.numel() for tensor in weights.meta.values())
         (directory / "README.md").write_text(model_card(source, verdict, self.dtype, parameters))
 
 
-def rounded(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights in another dtype.
+class Rounded:
+    """Stored weights in another dtype, one at a time as they are written.
 
-    Raises:
-        OverflowInExportError: names the tensors with values that are not finite there.
+    Args:
+        stored: the weights.
+        architecture: what they are written as; parameters that only this one has are 0.
+        dtype: of the files.
+
+    Attributes:
+        meta: as that of `hf_weights.Weights`.
     """
-    cast = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    broken = [name for name, tensor in cast.items() if not tensor.isfinite().all()]
-    if broken:
-        raise OverflowInExportError(
-            f"{len(broken)} tensors have values that are not finite in {dtype}, the first {broken[0]}: "
-            "export.dtype=bfloat16 has the range of float32; where that fails too, the model itself is broken."
-        )
-    return cast
+
+    def __init__(self, stored: Stored, architecture: DecoderConfig, dtype: torch.dtype):
+        self._stored = stored
+        rows = stored.meta[hf.EMBEDDING].shape[0]
+        self.meta = {name: meta.to(dtype) for name, meta in hf_weights.parameters(architecture, rows).items()}
+
+    def rows(self, name: str, first: int, last: int, to: int = 0) -> Tensor:
+        """Rows [first, last) of a parameter.
+
+        Raises:
+            OverflowInExportError: they have values that are not finite in this dtype.
+        """
+        meta = self.meta[name]
+        if name not in self._stored.meta:
+            return torch.zeros(last - first, *meta.shape[1:], dtype=meta.dtype)
+        rows = self._stored.rows(name, first, last).to(meta.dtype)
+        if not rows.isfinite().all():
+            raise OverflowInExportError(
+                f"{name} has values that are not finite in {meta.dtype}: export.dtype=bfloat16 has the range of "
+                "float32; where that fails too, the model itself is broken."
+            )
+        return rows
 
 
 def keeps_tokenizer(source: Source) -> bool:
@@ -96,12 +114,9 @@ def keeps_tokenizer(source: Source) -> bool:
     return all(theirs[part] == ours[part] for part in ("normalizer", "pre_tokenizer"))
 
 
-def as_llama(config: DecoderConfig, weights: dict[str, Tensor]) -> tuple[DecoderConfig, dict[str, Tensor]]:
+def as_llama(config: DecoderConfig) -> DecoderConfig:
     """The same function as a Llama: what Qwen2 has no bias for gets one of zeros."""
-    zeros = {
-        f"model.layers.{layer}.self_attn.o_proj.bias": torch.zeros(config.hidden) for layer in range(config.layers)
-    }
-    return replace(config, output_bias=True), weights | zeros
+    return replace(config, output_bias=True)
 
 
 def generation_config(source: Source) -> dict[str, Any]:

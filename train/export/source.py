@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from conf.errors import LongrunError
 from data_pipeline import chat
 from data_pipeline.artifact import MANIFEST, Artifact, ArtifactError, fingerprint, sha256_of
 from data_pipeline.tokenizer import Tokenizer
 from train.models import hf
+from train.models.hf_weights import Stored
 from train.models.transformer import DecoderConfig
 
 ANSWER = "The answer is 7."
@@ -71,8 +70,9 @@ class Source:
     def name(self) -> str:
         return f"{self.path} ({self.artifact.kind} {self.artifact.id})" if self.artifact else f"{self.path}"
 
-    def weights(self) -> dict[str, Tensor]:
-        return hf.read_weights(self.directory, self.config)
+    def weights(self) -> Stored:
+        """Checked, and read when asked for."""
+        return Stored(self.directory, self.config)
 
 
 def _content(directory: Path, artifact: Artifact | None) -> str:

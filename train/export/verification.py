@@ -29,7 +29,7 @@ from data_pipeline.tokenizer import Tokenizer
 from train.export import reload
 from train.export.source import end_ids
 from train.generate import Generator, Sampling
-from train.models import hf
+from train.models import hf, hf_weights
 from train.models.transformer import Decoder, DecoderConfig
 
 TEXTS = (
@@ -132,12 +132,9 @@ class Reference:
     def load(cls, directory: Path, dtype: torch.dtype, device: torch.device) -> "Reference":
         """The model of a Hugging Face directory, its weights rounded to `dtype` and computed with in fp32."""
         config = replace(hf.read_config(directory), attention="sdpa")
-        weights = {name: weight.to(dtype).float() for name, weight in hf.read_weights(directory, config).items()}
-        with torch.device("meta"):
-            model = config.build(weights[hf.EMBEDDING].shape[0])
-        model.load_state_dict(weights, assign=True)
+        model = hf_weights.decoder(directory, config, device, dtype).float()
         tokenizer = Tokenizer.load(directory)
-        return cls(model.to(device).eval(), tokenizer, end_ids(directory, tokenizer))
+        return cls(model, tokenizer, end_ids(directory, tokenizer))
 
     @property
     def device(self) -> torch.device:
@@ -237,7 +234,7 @@ def ask_transformers(directory: Path, asked: Questions, dtype: str, device: torc
 
 
 def _weights(reference: Reference, directory: Path) -> Check:
-    stored = hf.read_weights(directory, hf.read_config(directory))
+    stored = hf_weights.read(directory, hf.read_config(directory))
     expected = {name: parameter.cpu() for name, parameter in reference.model.named_parameters()}
     differing = [name for name in expected if name not in stored or not torch.equal(expected[name], stored[name])]
     return Check("stored weights", len(differing), 0, f"differing: {', '.join(differing[:4])}" if differing else "")

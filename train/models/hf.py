@@ -1,7 +1,7 @@
-"""Hugging Face directories in and out: `config.json` and safetensors of the Llama, Qwen2, Qwen3 and SmolLM2 families,
-and of their relatives with experts.
+"""Hugging Face's `config.json` in and out, for the Llama, Qwen2, Qwen3 and SmolLM2 families and their relatives with
+experts; tensors are the business of `hf_weights`.
 
-Nothing here imports transformers. Pickled weights are never opened: they can run code.
+Nothing here imports transformers.
 """
 
 import json
@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from conf.errors import LongrunError
@@ -23,9 +22,7 @@ if TYPE_CHECKING:
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CONFIG = "config.json"
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -66,7 +63,7 @@ def model_directory(path: str | Path) -> Path:
     for directory in (path / "model", path):
         if (directory / CONFIG).is_file():
             return directory
-    there = f"it holds {_listed(f.name for f in path.iterdir())}" if path.is_dir() else "there is no such directory"
+    there = f"it holds {listed(f.name for f in path.iterdir())}" if path.is_dir() else "there is no such directory"
     raise HuggingFaceError(
         f"{path} is neither a Hugging Face model directory nor an artifact with one in model/: no {CONFIG} ({there}). "
         "Give the directory that holds config.json and *.safetensors, or that of a finished training or export run."
@@ -80,7 +77,7 @@ def read_config(directory: str | Path) -> DecoderConfig:
         HuggingFaceError: the architecture or a feature of it is not one of ours (every one is named), or a key lacks.
     """
     directory = Path(directory)
-    content = _read_json(directory / CONFIG)
+    content = read_json(directory / CONFIG)
     kind = content.get("model_type")
     if kind not in ARCHITECTURES:
         raise HuggingFaceError(
@@ -150,160 +147,6 @@ def _rope(content: Mapping[str, Any], problems: list[str]) -> Rope:
     return Rope(theta=float(theta), scaling=kind, **{ours: told[theirs] for ours, theirs in needed.items()})
 
 
-def read_weights(directory: str | Path, config: DecoderConfig) -> dict[str, Tensor]:
-    """Every parameter by name, in fp32, after all have been checked.
-
-    Args:
-        directory: holds `model.safetensors`, or shards with their index.
-        config: as `read_config` returned it.
-
-    Raises:
-        HuggingFaceError: weights are pickled, absent or unreadable, or tensors are missing, unexpected, mis-shaped or
-            not floating point; all are listed.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    directory = Path(directory)
-    expected = _expected(config, _read_json(directory / CONFIG)["vocab_size"])
-    weights: dict[str, Tensor] = {}
-    problems: list[str] = []
-    found: set[str] = set()
-    for file in _weight_files(directory):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  safe_open is no mapping
-                    if name.endswith("rotary_emb.inv_freq"):  # early Llama files stored what the configuration says
-                        continue
-                    if name in found:
-                        problems.append(f"{name}: in more than one file, again in {file.name}")
-                    found.add(name)
-                    view = tensors.get_slice(name)
-                    shape, dtype = tuple(view.get_shape()), view.get_dtype()
-                    if name == HEAD and config.tied:
-                        pass  # a copy of the embedding, compared below
-                    elif name not in expected:
-                        problems.append(f"{name}: unexpected, of shape {shape}")
-                        continue
-                    elif shape != expected[name]:
-                        problems.append(f"{name}: shape {shape}, {expected[name]} expected")
-                        continue
-                    if dtype not in DTYPES:
-                        problems.append(f"{name}: dtype {dtype}, one of {', '.join(DTYPES)} expected")
-                    elif not problems:
-                        weights[name] = tensors.get_tensor(name).to(torch.float32)
-        except (SafetensorError, OSError) as error:
-            raise HuggingFaceError(f"{file} cannot be read ({error}): truncated or damaged. Copy it again.") from error
-    problems += [f"{name}: missing" for name in expected if name not in found]
-    if not problems and config.tied and HEAD in weights and not torch.equal(weights.pop(HEAD), weights[EMBEDDING]):
-        problems.append(f"{HEAD}: differs from {EMBEDDING}, but {CONFIG} says tie_word_embeddings")
-    if problems:
-        raise HuggingFaceError(
-            f"{directory} does not hold the weights that its {CONFIG} describes:\n  "
-            + "\n  ".join(sorted(problems))
-            + "\nCopy the directory again, or mend its configuration."
-        )
-    return {name: weights[name] for name in expected}
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    if (directory / INDEX).is_file():
-        names = sorted(set(_read_json(directory / INDEX).get("weight_map", {}).values()))
-        missing = [name for name in names if not (directory / name).is_file()]
-        if missing or not names:
-            raise HuggingFaceError(f"{directory / INDEX} names absent files: {_listed(missing)}. Copy them too.")
-        return [directory / name for name in names]
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    pickles = [f.name for f in directory.iterdir() if f.suffix in PICKLES]
-    if pickles:
-        raise HuggingFaceError(
-            f"{directory} holds its weights as pickle files ({_listed(pickles)}). They are refused, unopened: loading "
-            f"one can run code. Convert them to {WEIGHTS} where you trust them: "
-            "transformers' save_pretrained writes it."
-        )
-    raise HuggingFaceError(f"{directory} holds no weights: neither {WEIGHTS} nor {INDEX}.")
-
-
-def extend_vocabulary(weights: Mapping[str, Tensor], vocabulary: int) -> dict[str, Tensor]:
-    """Weights whose embedding, and head where there is one, have at least `vocabulary` rows.
-
-    New rows are the mean of the old ones, so that the model gives a new token about the probability of an average
-    one and all others keep theirs (Hewitt 2021, "Initializing new word embeddings for pretrained language models").
-    Surplus rows, as models padded to a round number have them, stay.
-    """
-    extended = dict(weights)
-    for name in (EMBEDDING, HEAD):
-        if name in weights and (new := vocabulary - weights[name].shape[0]) > 0:
-            old_VN = weights[name]
-            mean_N = old_VN.mean(0, dtype=torch.float64).to(old_VN.dtype)
-            extended[name] = torch.cat([old_VN, mean_N.expand(new, -1)])
-    return extended
-
-
-def write(
-    directory: str | Path,
-    config: DecoderConfig,
-    weights: Mapping[str, Tensor],
-    tokenizer: "Tokenizer",
-    max_shard_bytes: int = 5 * 10**9,
-) -> None:
-    """Write a directory that transformers, vLLM and `read_weights` load. `config.json` comes last.
-
-    Args:
-        directory: made if need be; weights that are there are replaced.
-        config: the architecture.
-        weights: every parameter, in the dtype that shall be written.
-        tokenizer: written beside them.
-        max_shard_bytes: largest weight file; one tensor is never split.
-
-    Raises:
-        HuggingFaceError: tensors are missing, unexpected or mis-shaped, the tokenizer has more tokens than the
-            embedding rows, or no Hugging Face architecture has these features together.
-    """
-    from safetensors.torch import save_file
-
-    directory = Path(directory)
-    vocabulary = weights[EMBEDDING].shape[0] if EMBEDDING in weights else 0
-    expected = _expected(config, vocabulary)
-    problems = [f"{name}: missing" for name in expected if name not in weights]
-    problems += [f"{name}: unexpected" for name in weights if name not in expected]
-    problems += [
-        f"{name}: shape {tuple(tensor.shape)}, {expected[name]} expected"
-        for name, tensor in weights.items()
-        if expected.get(name, tuple(tensor.shape)) != tuple(tensor.shape)
-    ]
-    if tokenizer.vocabulary > vocabulary:
-        problems.append(f"the tokenizer has {tokenizer.vocabulary} tokens, the embedding {vocabulary} rows")
-    if problems:
-        raise HuggingFaceError(f"These weights cannot be written to {directory}:\n  " + "\n  ".join(problems))
-    content = _config_json(config, weights, tokenizer)
-
-    directory.mkdir(parents=True, exist_ok=True)
-    for stale in [directory / CONFIG, directory / INDEX, *directory.glob("model*.safetensors")]:
-        stale.unlink(missing_ok=True)
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name in expected:
-        tensor = weights[name].detach().cpu().contiguous()
-        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], directory / WEIGHTS, metadata={"format": "pt"})
-    else:
-        index: dict[str, str] = {}
-        for number, shard in enumerate(shards, start=1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            save_file(shard, directory / file, metadata={"format": "pt"})
-            index |= dict.fromkeys(shard, file)
-        total = sum(weights[name].nbytes for name in expected)
-        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-    tokenizer.save(directory)
-    _write_json(directory / CONFIG, content)
-
-
 def architecture(config: DecoderConfig) -> str:
     """The `model_type` that has this configuration's features.
 
@@ -334,7 +177,26 @@ def architecture(config: DecoderConfig) -> str:
     )
 
 
-def _config_json(config: DecoderConfig, weights: Mapping[str, Tensor], tokenizer: "Tokenizer") -> dict[str, Any]:
+def stored_names(config: DecoderConfig, name: str) -> str | list[str]:
+    """What a parameter is called in files; a list where they hold it as several tensors, stacked here along their new
+    first dimension."""
+    if not config.moe.experts:
+        return name
+    names = hf_experts.stored_names(architecture(config), name, config.moe.experts)
+    return names if ".experts." in name else names[0]
+
+
+def config_json(config: DecoderConfig, embedding: Tensor, tokenizer: "Tokenizer") -> dict[str, Any]:
+    """Content of `config.json`.
+
+    Args:
+        config: the architecture.
+        embedding: embedding_VN, for its rows and dtype.
+        tokenizer: for its ids of the end and of padding.
+
+    Raises:
+        HuggingFaceError: no architecture has these features together.
+    """
     kind = architecture(config)
     rope: dict[str, Any] = {"rope_type": config.rope.scaling, "rope_theta": config.rope.theta}
     if config.rope.scaling != "default":
@@ -346,7 +208,7 @@ def _config_json(config: DecoderConfig, weights: Mapping[str, Tensor], tokenizer
     content = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
-        "vocab_size": weights[EMBEDDING].shape[0],
+        "vocab_size": embedding.shape[0],
         "hidden_size": config.hidden,
         "intermediate_size": config.intermediate,
         "num_hidden_layers": config.layers,
@@ -365,7 +227,7 @@ def _config_json(config: DecoderConfig, weights: Mapping[str, Tensor], tokenizer
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos,
         "pad_token_id": tokenizer.pad,
-        "dtype": str(weights[EMBEDDING].dtype).removeprefix("torch."),
+        "dtype": str(embedding.dtype).removeprefix("torch."),
     }
     if config.moe.experts:
         return content | hf_experts.written(kind, config)
@@ -378,14 +240,7 @@ def _config_json(config: DecoderConfig, weights: Mapping[str, Tensor], tokenizer
     return content
 
 
-def _expected(config: DecoderConfig, vocabulary: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter."""
-    with torch.device("meta"):
-        model = config.build(vocabulary)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -395,10 +250,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _listed(names: Iterable[str], most: int = 8) -> str:
+def listed(names: Iterable[str], most: int = 8) -> str:
     names = sorted(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "nothing"

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from train.models import hf, hf_weights
 from train.models.hf import HuggingFaceError
+from train.models.moe import MoE
 from train.models.rope import Rope
 from train.models.transformer import DecoderConfig, initialise
 
@@ -17,6 +18,7 @@ VOCABULARY = 61
 CONFIG = DecoderConfig(
     layers=2, hidden=32, intermediate=48, heads=4, kv_heads=2, head_dim=8, tied=False, rope=Rope(theta=5e4)
 )
+EXPERTS = MoE(experts=3, active=2, intermediate=8)
 
 
 class Words:
@@ -31,7 +33,7 @@ class Words:
 def weights_of(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     model = config.build(VOCABULARY)
     initialise(model, 0)
-    return {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
+    return {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
 
 
 @pytest.fixture
@@ -54,8 +56,10 @@ def changed(directory: Path, **keys: object) -> None:
         replace(CONFIG, qk_norm=True, qkv_bias=True, output_bias=True, head_dim=16),
         replace(CONFIG, mlp_bias=True, rope=Rope(scaling="linear", factor=2.0)),
         replace(CONFIG, rope=Rope(500000.0, "llama3", 8.0, 1.0, 4.0, 64)),
+        replace(CONFIG, intermediate=8, moe=EXPERTS),
+        replace(CONFIG, qk_norm=True, moe=replace(EXPERTS, scoring="sigmoid", selection_bias=True, shared=8, first=1)),
     ],
-    ids=["llama", "qwen2", "qwen3", "linear", "llama3"],
+    ids=["llama", "qwen2", "qwen3", "linear", "llama3", "mixtral", "dots1"],
 )
 def test_what_is_written_is_read_again(tmp_path, config, max_shard_bytes):
     weights = weights_of(config)

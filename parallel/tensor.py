@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from parallel.collectives import all_gather_dim, reduce_scatter_dim, wait_tensor
 from parallel.linear import here, product
 from parallel.plan import Plan, chosen
 
@@ -170,13 +170,12 @@ class _Lookup:
 
 
 def _all_gather(x_BlN: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return funcol.wait_tensor(funcol.all_gather_tensor(x_BlN.contiguous(), gather_dim=1, group=group))
+    return wait_tensor(all_gather_dim(x_BlN.contiguous(), 1, group))
 
 
 def _reduce_scatter(x_BLN: Tensor, group: dist.ProcessGroup) -> Tensor:
     summed = x_BLN.float() if x_BLN.device.type == "cpu" else x_BLN  # gloo adds up no 16-bit numbers
-    scattered = funcol.reduce_scatter_tensor(summed.contiguous(), "sum", scatter_dim=1, group=group)
-    return funcol.wait_tensor(scattered).to(x_BLN.dtype)
+    return wait_tensor(reduce_scatter_dim(summed.contiguous(), "sum", 1, group)).to(x_BLN.dtype)
 
 
 class _Gather(torch.autograd.Function):

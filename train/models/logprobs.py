@@ -29,6 +29,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.collectives import all_gather
+
 IGNORED = -100
 KEPT_BYTES = 2 * 1024**3
 """Most bytes of 16-bit residuals kept from the forward to the backward pass, per call."""
@@ -142,7 +144,7 @@ def _over_ranks(logit_T: Tensor, logsumexp_T: Tensor, group: dist.ProcessGroup) 
     """The labels' logit_T and logsumexp_T over all ranks' rows; one exchange."""
     local_2T = torch.stack([logit_T, logsumexp_T])
     all_R2T = local_2T.new_empty(group.size(), *local_2T.shape)
-    dist.all_gather_into_tensor(all_R2T.flatten(0, 1), local_2T, group=group)
+    all_gather(all_R2T.flatten(0, 1), local_2T, group=group)
     return all_R2T[:, 0].sum(0), all_R2T[:, 1].logsumexp(0)
 
 

@@ -14,7 +14,7 @@ from parallel.layout import DEFERRING_SCHEDULES, Layout
 from parallel.mesh import PIPELINE, TENSOR, Mesh
 from parallel.pipeline import Part, Placed, cut, rank_of
 from parallel.reduce import local_of
-from parallel.tensor import Tensors
+from parallel.tensor import Tensors, overlap
 from parallel.whole import Whole
 from parallel.zero import Sharded
 
@@ -101,6 +101,8 @@ class Placement:
         """Everything that changes how a part computes, before it is sharded."""
         if self.layout.tp > 1:
             self.tensors.append(Tensors(part, part.plan, self.mesh.tensor))  # type: ignore[arg-type]
+            if self.layout.async_tp:
+                overlap(self.tensors[-1].group)
         if self.layout.cp > 1:
             context.install(part, self.mesh.context_group, self.layout.ring)
         if self.layout.schedule in DEFERRING_SCHEDULES:

@@ -122,6 +122,16 @@ class Tensors:
             part.copy_(summed.view_as(part))
 
 
+def overlap(group: dist.ProcessGroup) -> None:
+    """Let the compiler merge this group's collectives with the matrix products beside them, piece by piece (CUDA,
+    compiled blocks): each piece is multiplied while the next one travels."""
+    import torch._inductor.config as inductor
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    inductor._micro_pipeline_tp = True
+    enable_symm_mem_for_group(group.group_name)
+
+
 def rows_before(rows: int, ranks: int, rank: int) -> int:
     """The first row of a rank's part (torch.chunk's rule)."""
     return min(rows, rank * -(-rows // ranks))

@@ -234,7 +234,18 @@ def _judge(before: dict[int, Sign], now: dict[int, Sign], size: int) -> Verdict 
 
 def _who(ranks: dict[int, Sign], size: int) -> str:
     hosts = sorted({sign.host for sign in ranks.values()})
-    return f"rank {', '.join(map(str, sorted(ranks)))} of {size} (on {', '.join(hosts)})"
+    return f"rank {spans(ranks)} of {size} (on {', '.join(hosts)})"
+
+
+def spans(ranks: Iterable[int]) -> str:
+    """0, 1, 2, 5 as "0-2, 5"."""
+    found: list[list[int]] = []
+    for rank in sorted(ranks):
+        if found and found[-1][1] == rank - 1:
+            found[-1][1] = rank
+        else:
+            found.append([rank, rank])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
 
 
 def _broken(error: BaseException) -> bool:

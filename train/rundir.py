@@ -1,15 +1,20 @@
 """A run directory: held by one run, of one configuration, and agreed on by all ranks."""
 
+import hashlib
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from conf.errors import LongrunError, OccupiedError
 from data_pipeline.artifact import MANIFEST, Artifact, write_atomically
+from parallel import distributed
+from parallel.watch import spans
 
 CONFIG = "config.yaml"
 IRRELEVANT = (
@@ -31,6 +36,10 @@ IRRELEVANT = (
 )
 """Keys that may differ between a run and its continuation: they change where and how it is computed, or name inputs
 whose content is compared instead."""
+
+ROOMS = ("conf", "data_pipeline", "parallel", "train")
+SHOWN = 20
+"""Lines of a message that could have hundreds."""
 
 
 def recipe(resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,6 +84,41 @@ def check_same(directory: Path, resolved: Mapping[str, Any]) -> None:
             f"{directory} holds a run of another configuration:\n  " + "\n  ".join(differing) + "\n"
             "Give these keys their values from there to go on with it, or another run_dir to begin anew."
         )
+
+
+class DisagreementError(LongrunError):
+    """The ranks of a run were not started alike."""
+
+
+def check_agreement(resolved: Mapping[str, Any]) -> None:
+    """Refuse ranks that were given other configurations, or run other code: they would train, each another run.
+
+    Raises:
+        DisagreementError: names what differs, by rank.
+        SystemExit: the same, on all ranks but the first.
+    """
+    code = {f"code {name}": digest for name, digest in source_digests().items()}
+    versions = {"Python": platform.python_version(), "torch": torch.__version__}
+    differing = distributed.differences(_flat(resolved) | code | versions)
+    with together():
+        if differing:
+            lines = [f"{key}: {_by_rank(having)}" for key, having in differing.items()]
+            more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+            raise DisagreementError(
+                "the ranks of this run were not started alike:\n  " + "\n  ".join(lines[:SHOWN] + more) + "\n"
+                "Give all of them the same command, code and environment."
+            )
+
+
+def _by_rank(having: Mapping[str, list[int]]) -> str:
+    return ", ".join(f"{value} on rank {spans(ranks)}" for value, ranks in having.items())
+
+
+def source_digests() -> dict[str, str]:
+    """Of the files that a stage runs, by their paths in the source tree."""
+    root = Path(__file__).parent.parent
+    files = [file for room in ROOMS for file in sorted((root / room).rglob("*.py"))]
+    return {str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files}
 
 
 def check_inputs(directory: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -68,9 +68,10 @@ def begin(
     stage: str = "pretrain",
     logs: Path | None = None,
     env: dict[str, str] | None = None,
+    last: tuple[str, ...] = (),
 ) -> Running:
     """Start `python -m train` as so many ranks; what they print goes to files in `logs`, or beside run_dir. `env` are
-    further environment variables."""
+    further environment variables, `last` further settings of the last rank only."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -91,7 +92,8 @@ def begin(
             **(env or {}),
         }
         log = (logs or run_dir.parent) / f"{run_dir.name}.{time.monotonic_ns()}.{rank}.log"
-        process = context.Process(target=_rank, args=(arguments, variables, sys.path, str(log)))
+        own = [*arguments, *last] if rank == ranks - 1 else arguments
+        process = context.Process(target=_rank, args=(own, variables, sys.path, str(log)))
         process.start()
         processes.append(process)
         files.append(log)

@@ -14,7 +14,7 @@ from parallel.precision import PRECISIONS
 from train import checkpoint
 from train.checkpoint import CheckpointError
 from train.monitor import DivergedError
-from train.rundir import check_same, check_unfinished, recipe, together, write_config
+from train.rundir import check_agreement, check_same, check_unfinished, recipe, together, write_config
 from train.session import CHECKPOINTS, Session
 from train.signals import StopSignals
 from train.stages.base import DONE, Stage
@@ -119,11 +119,13 @@ class Training(Stage):
             OccupiedError: run_dir holds a run of another configuration or of other inputs.
             DivergedError: see stage.max_skipped.
             CheckpointError: a checkpoint cannot be written or read.
+            DisagreementError: the ranks were not started alike.
             PeerError: another rank died, hangs or failed.
         """
         with ExitStack() as stack:
             signals = stack.enter_context(StopSignals())
             world = stack.enter_context(distributed.joined())
+            check_agreement(resolved)
             directory = Path(config.run_dir)
             with together():
                 if world.rank == 0:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 QUERIES = 512
 """Queries of a tile of the ring: bounds the scores that exist at a time."""
@@ -55,7 +55,7 @@ def gather_own(values_Bl: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _GatherOwn.apply(values_Bl, group)
 
 
-def install(model: nn.Module, group: dist.ProcessGroup, ring: bool = False) -> None:
+def install(model: Any, group: dist.ProcessGroup, ring: bool = False) -> None:
     """Make attention see the whole sequence wherever the model is told that it is given some of its tokens (`index_L`).
 
     Args:

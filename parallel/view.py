@@ -60,9 +60,10 @@ def view_of(batch: Any, layout: Layout, mesh: Mesh, **context: Any) -> View:
     if layout.cp == 1:
         return View(batch, tokens_BL, positions_BL, documents_BL, labels_BL, length, context=context)
     index_l = indices(tokens_BL.shape[1], layout.cp, mesh.cp_rank, tokens_BL.device)
-    mine = (take(t, layout.cp, mesh.cp_rank) for t in (tokens_BL, positions_BL, documents_BL, labels_BL))
+    columns = (tokens_BL, positions_BL, documents_BL, labels_BL)
+    tokens_Bl, positions_Bl, documents_Bl, labels_Bl = (take(t, layout.cp, mesh.cp_rank) for t in columns)
     context |= {"index_L": index_l, "key_documents_BS": documents_BL}
-    return View(batch, *mine, length, mesh.context_group, context)
+    return View(batch, tokens_Bl, positions_Bl, documents_Bl, labels_Bl, length, mesh.context_group, context)
 
 
 def _padded(values_BL: Tensor, missing: int, value: int) -> Tensor:

@@ -10,8 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel import context, distributed
 from parallel.context import gather_own, indices, install, take
+from parallel.layout import Layout
 from tests.ranks import run_ranks
+from tools.parity import Training, batch_of, build, shares
 from train.models.attention import attention, visibility
+from train.objectives.clm import CausalLM
 
 LENGTH, HEADS, KV_HEADS, FEATURES = 48, 4, 2, 8
 
@@ -138,6 +141,20 @@ def test_what_all_ranks_compute_from_gathered_values_is_differentiated_once() ->
     for rank, (gathered_BS, grad_Bl) in enumerate(run_ranks(2, gather_and_differentiate)):
         assert torch.equal(gathered_BS, whole_BS)
         assert torch.equal(grad_Bl, 2 * take(whole_BS, 2, rank))
+
+
+def answers(layout: Layout) -> tuple[Tensor, float]:
+    engine = build(layout, Training(), distributed.start())
+    batch = shares(batch_of(0), engine.dp_rank, engine.dp_size, 1)
+    return engine.logprobs(batch[0]), engine.evaluate(batch, CausalLM()).loss.item()
+
+
+@pytest.mark.parametrize("layout", [Layout(cp=3), Layout(cp=2, ring=True)], ids=["padded", "ring"])
+def test_every_rank_has_the_log_probabilities_of_the_whole_sequences(layout: Layout) -> None:
+    [(expected_BL, loss)] = run_ranks(1, answers, Layout())
+    for found_BL, found in run_ranks(layout.world_size, answers, layout):
+        torch.testing.assert_close(found_BL, expected_BL, rtol=0, atol=1e-5)
+        assert found == pytest.approx(loss, abs=1e-6)
 
 
 class Sent(TorchDispatchMode):

@@ -46,8 +46,10 @@ def say(layout: Layout) -> tuple[list[list[int]], list[float]]:
         Layout(tp=2, micro_batches=2),
         Layout(pp=2, schedule="zbv", virtual_stages=2, micro_batches=4),
         Layout(pp=2, dp_shard=2, zero=3, micro_batches=2),
+        Layout(cp=2, micro_batches=2),
+        Layout(cp=2, tp=2, ring=True, micro_batches=2),
     ],
-    ids=["tp2", "zbv", "pp2-zero3"],
+    ids=["tp2", "zbv", "pp2-zero3", "cp2", "cp2-tp2-ring"],
 )
 def test_every_rank_says_what_one_process_says_and_trains_on(layout: Layout) -> None:
     [(expected, losses)] = run_ranks(1, say, Layout())

@@ -118,6 +118,8 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("cp2-pp2", "cp2.pp2.mb2"),
         ("cp2-pp2-zbv-ring", "cp2.pp2.zbv.ring.mb4"),
         ("cp2-tp2-pp2", "cp2.tp2.pp2.mb2"),
+        ("cp2-bf16", "cp2.mb2", HALF),
+        ("cp2-ring-bf16", "cp2.ring.mb2", HALF),
     ],
     "Muon": [
         ("muon-zero0", "dp2.mb2", MUONS),

@@ -7,6 +7,7 @@ from typing import Any
 from parallel.layout import Layout
 from tools.parity.layouts import parse
 from tools.parity.training import MODEL, MUON, Training
+from train.models.moe import MoE
 from train.objectives.dpo import DPO
 from train.objectives.sft import SFT
 from train.optim.adam8bit import Adam8bit
@@ -64,6 +65,7 @@ EIGHT_BIT = Training(optim=Adam8bit(lr=1e-3, eps=1e-6))
 DEEP = Training(model=replace(MODEL, layers=8))
 UNEVEN = Training(model=replace(MODEL, layers=5))
 UNTIED = Training(model=replace(MODEL, tied=False, qkv_bias=True, qk_norm=True))
+BIASED = Training(model=replace(MODEL, qkv_bias=True, output_bias=True, mlp_bias=True))
 DROPPED = Training(model=replace(MODEL, dropout=0.1))
 MUONS = Training(optim=MUON)
 AVERAGED = Training(ema=0.9)
@@ -71,6 +73,9 @@ EVERYTHING = Training(optim=MUON, model=DROPPED.model, ema=0.9)
 HALF = Training(precision="bf16")
 FINE_TUNED = Training(objective=SFT())
 PREFERRED = Training(objective=DPO())
+EXPERTS = Training(model=replace(MODEL, moe=MoE(experts=8, active=2, intermediate=48, balance_loss=0.1)))
+SHARED = MoE(experts=6, active=2, intermediate=48, shared=64, first=1, scoring="sigmoid", selection_bias=True)
+BALANCED = Training(model=replace(MODEL, moe=SHARED))
 
 TABLE: dict[str, list[tuple[Any, ...]]] = {
     "accumulation": [
@@ -91,16 +96,67 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("hsdp-zero1", "dp_replicate2.dp2.zero1.mb2"),
         ("hsdp-zero2", "dp_replicate2.dp2.zero2.mb2"),
         ("hsdp-zero3", "dp_replicate2.dp2.zero3.mb2"),
-        ("untied-zero1", "dp2.zero1.mb2", UNTIED),
-        ("untied-zero3", "dp2.zero3.mb2", UNTIED),
-        ("dropout-zero0", "dp2.mb2", DROPPED),
-        ("dropout-zero3", "dp2.zero3.mb2", DROPPED),
-        ("ema-zero0", "dp2.mb2", AVERAGED),
-        ("ema-zero3", "dp2.zero3.mb2", AVERAGED),
+        ("zero1-untied", "dp2.zero1.mb2", UNTIED),
+        ("zero3-untied", "dp2.zero3.mb2", UNTIED),
+        ("zero0-dropout", "dp2.mb2", DROPPED),
+        ("zero3-dropout", "dp2.zero3.mb2", DROPPED),
+        ("zero0-ema", "dp2.mb2", AVERAGED),
+        ("zero3-ema", "dp2.zero3.mb2", AVERAGED),
+        ("zero2-sft", "dp2.zero2.mb2", FINE_TUNED),
+        ("zero3-dpo", "dp2.zero3.mb2", PREFERRED),
     ],
-    "objectives": [
-        ("sft-zero2", "dp2.zero2.mb2", FINE_TUNED),
-        ("dpo-zero3", "dp2.zero3.mb2", PREFERRED),
+    "tensor parallel": [
+        ("tp2", "tp2.mb2"),
+        ("tp4-fewer-kv-heads", "tp4.mb2"),
+        ("tp2-untied", "tp2.mb2", UNTIED),
+        ("tp2-biased", "tp2.mb2", BIASED),
+        ("tp2-dropout", "tp2.mb2", DROPPED),
+        ("tp2-dpo", "tp2.mb2", PREFERRED),
+        ("tp2-zero0", "dp2.tp2.mb2"),
+        ("tp2-zero1", "dp2.tp2.zero1.mb2"),
+        ("tp2-zero2", "dp2.tp2.zero2.mb2"),
+        ("tp2-zero3", "dp2.tp2.zero3.mb2"),
+        ("tp2-hsdp-zero3", "dp_replicate2.dp2.tp2.zero3.mb2"),
+    ],
+    "pipeline": [
+        ("gpipe", "pp2.gpipe.mb4"),
+        ("1f1b", "pp2.1f1b.mb4"),
+        ("interleaved-1f1b", "pp2.interleaved_1f1b.mb4"),
+        ("looped-bfs", "pp2.looped_bfs.mb4"),
+        ("interleaved-zero-bubble", "pp2.interleaved_zero_bubble.mb4"),
+        ("zbv", "pp2.zbv.mb4"),
+        ("dual-pipe-v", "pp2.dual_pipe_v.mb4"),
+        ("pp4", "pp4.mb4"),
+        ("pp4-interleaved", "pp4.interleaved_1f1b.mb8", DEEP),
+        ("pp4-zbv", "pp4.zbv.mb8", DEEP),
+        ("pp2-uneven", "pp2.mb4", UNEVEN),
+        ("pp4-uneven", "pp4.mb4", UNEVEN),
+        ("pp2-untied", "pp2.mb4", UNTIED),
+        ("pp2-dropout", "pp2.mb2", DROPPED),
+        ("pp2-ema", "pp2.mb2", AVERAGED),
+        ("pp2-dpo", "pp2.mb2", PREFERRED),
+        ("pp2-zero0", "pp2.dp2.mb2"),
+        ("pp2-zero1", "pp2.dp2.zero1.mb2"),
+        ("pp2-zero2", "pp2.dp2.zero2.mb2"),
+        ("pp2-zero3", "pp2.dp2.zero3.mb2"),
+        ("zbv-zero2", "pp2.dp2.zero2.zbv.mb4"),
+        ("zero-bubble-zero1", "pp2.dp2.zero1.interleaved_zero_bubble.mb4"),
+    ],
+    "three axes": [
+        ("pp2-tp2", "pp2.tp2.mb4"),
+        ("pp2-tp2-zero1", "pp2.dp2.tp2.zero1.mb2"),
+        ("pp2-tp2-zero2-zbv", "pp2.dp2.tp2.zero2.zbv.mb4"),
+        ("pp2-tp2-zero3", "pp2.dp2.tp2.zero3.mb2"),
+        ("pp2-tp2-zero3-everything", "pp2.dp2.tp2.zero3.interleaved_1f1b.mb2", EVERYTHING),
+    ],
+    "experts": [
+        ("moe-accumulation", "mb4", EXPERTS),
+        ("moe-zero3", "dp2.zero3.mb2", EXPERTS),
+        ("moe-bias-zero2", "dp2.zero2.mb2", BALANCED),
+        ("moe-tp2", "tp2.mb2", EXPERTS),
+        ("moe-bias-tp2", "dp2.tp2.mb2", BALANCED),
+        ("moe-pp2", "pp2.mb4", EXPERTS),
+        ("moe-dpo", "dp2.zero1.mb2", replace(EXPERTS, objective=DPO())),
     ],
     "context parallel": [
         ("cp2", "cp2.mb2"),
@@ -129,7 +185,7 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("muon-hsdp-zero2", "dp_replicate2.dp2.zero2.mb2", MUONS),
         ("muon-tp2", "tp2.mb2", MUONS),
         ("muon-tp2-zero3", "dp2.tp2.zero3.mb2", MUONS),
-        ("muon-pp2", "pp2.mb4", MUONS),
+        ("muon-pp2-zero1", "pp2.dp2.zero1.mb2", MUONS),
         ("muon-pp2-tp2", "pp2.tp2.mb4", MUONS),
     ],
     "8-bit Adam": [
@@ -142,19 +198,24 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("bf16-zero1", "dp2.zero1.mb2", HALF),
         ("bf16-zero2", "dp2.zero2.mb2", HALF),
         ("bf16-zero3", "dp2.zero3.mb2", HALF),
+        ("bf16-tp2", "tp2.mb2", HALF),
+        ("bf16-zbv", "pp2.zbv.mb4", HALF),
     ],
     "resumed elsewhere": [
         ("resume-zero3-then-alone", "dp2.zero3.mb2 > alone", EVERYTHING),
         ("resume-alone-then-zero2", "mb4 > dp2.zero2.mb2", EVERYTHING),
         ("resume-hsdp-then-zero1", "dp_replicate2.dp2.zero3.mb2 > dp2.zero1.mb2", EVERYTHING),
+        ("resume-zero3-then-pp2-tp2", "dp4.zero3.mb2 > pp2.tp2.mb4", EVERYTHING),
+        ("resume-pp2-tp2-zero1-then-zero3", "pp2.dp2.tp2.zero1.mb2 > dp2.zero3", EVERYTHING),
+        ("resume-tp2-then-zbv", "tp2 > pp2.zbv", EVERYTHING),
     ],
 }
 """Family -> (name, layout, training where it is not the plain one). `a > b` trains the first half of the steps on `a`
 and goes on from its checkpoint on `b`; `engine:layout` runs on another engine than the native one."""
 
 QUICK = (
-    *("accumulation-4", "zero1", "zero2", "hsdp-zero3", "muon-zero3", "dropout-zero3", "untied-zero3", "bf16-zero2"),
-    *("dpo-zero3", "resume-alone-then-zero2", "resume-hsdp-then-zero1"),
+    *("accumulation-4", "zero1", "zero3-dropout", "hsdp-zero2", "tp2-untied", "zbv", "pp2-zero2", "pp2-tp2-zero3"),
+    *("moe-zero3", "muon-zero3", "bf16-zero2", "resume-zero3-then-pp2-tp2"),
 )
 """Every technique once, in two minutes on two cores: `cells=[quick]`."""
 

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.errors import Problem
 from parallel.layout import SCHEDULES, Layout
 from tools.parity import BF16, FP32, MODEL, Cell, Row, Training, cells, compare, run
 from tools.parity.__main__ import ParityConfig, figures, main
 from tools.parity.layouts import WordError, parse, spell
 from tools.parity.page import render
 from tools.parity.run import failed
+from train.objectives.dpo import DPO
 
 SHORT = Training(model=replace(MODEL, layers=1), steps=2)
 
@@ -83,16 +83,28 @@ def test_every_layout_can_be_spelt(layout: Layout) -> None:
 
 def test_everything_that_is_wrong_is_told_at_once() -> None:
     config = ParityConfig(
-        layouts=["tq2", "dp3"], cells=["zero*", "nought"], engines=["natif"], precision="fp16", steps=1
+        layouts=["tq2", "dp2"], cells=["zero*", "nought"], engines=["natif"], precision="fp16", steps=1
     )
-    told = {(p.key, p.found) for p in config.problems()}
-    assert told == {
-        *(("layouts", "tq2"), ("layouts", "dp3"), ("cells", "nought")),
+    assert {(p.key, p.found) for p in config.problems()} == {
+        *(("layouts", "tq2"), ("cells", "nought")),
         *(("engines", "natif"), ("precision", "fp16"), ("steps", 1)),
     }
-    [batch] = [p for p in config.problems() if p.found == "dp3"]
-    assert "multiple of 3" in batch.fix
     assert ParityConfig().problems() == []
+
+
+def test_a_layout_that_cannot_be_is_refused_by_its_word() -> None:
+    told = {p.found: p.fix for p in ParityConfig(layouts=["dp3", "tp3", "dp2.zero7", "pp8"]).problems()}
+    assert "multiple of 3" in told["dp3"]
+    assert "parallel.tp=3" in told["tp3"]
+    assert "parallel.zero=7" in told["dp2.zero7"]
+    assert "use at most pp=4" in told["pp8.mb8"]
+    [problem] = ParityConfig(layouts=["dp8"], objective=DPO()).problems()
+    assert "stage.global_batch=4" in problem.fix
+
+
+def test_every_cell_of_the_matrix_can_run() -> None:
+    assert len(cells()) >= 60
+    assert ParityConfig(cells=["*"]).problems() == []
 
 
 def test_without_layouts_and_cells_it_is_the_quick_cells() -> None:
@@ -204,8 +216,3 @@ def test_the_command_prints_writes_and_tells_red_by_its_exit_status(
 def test_no_cells_lists_their_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(ParityConfig(cells=[]), {}) == 0
     assert capsys.readouterr().out.split() == [cell.name for cell in cells()]
-
-
-def test_a_problem_names_the_layout_it_belongs_to() -> None:
-    [problem] = ParityConfig(layouts=["dp2.zero7"]).problems()
-    assert isinstance(problem, Problem) and problem.found == "dp2.zero7" and "parallel.zero=7" in problem.fix

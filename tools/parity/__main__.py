@@ -12,11 +12,12 @@ import train.config  # noqa: F401  registers the groups that may be given: model
 from conf import entry
 from conf.errors import Problem
 from conf.registry import OPTIONS, register
-from tools.parity.cells import BF16, FP32, QUICK, Cell, cells
+from tools.parity.cells import BF16, FP32, GIVEN, QUICK, Cell, cells
 from tools.parity.layouts import WordError, parse, spell
 from tools.parity.page import render
 from tools.parity.run import Row, stream, world_size
 from tools.parity.training import SEQUENCES
+from train.objectives.dpo import DPO
 
 
 @register("", "parity_schema")
@@ -56,7 +57,7 @@ class ParityConfig:
 
     def problems(self) -> list[Problem]:
         """Words that are no layouts, layouts that cannot be, patterns that match nothing, too few steps."""
-        found = [problem for word in self.layouts for problem in self._layout_problems(word)]
+        found = [problem for word in self.layouts for problem in _word_problems(word)]
         found += [
             Problem("cells", pattern, f"matches none of quick, {', '.join(cell.name for cell in cells())}")
             for pattern in self.cells or ()
@@ -70,14 +71,9 @@ class ParityConfig:
             found.append(Problem("precision", self.precision, "one of fp32, bf16"))
         if self.steps < 2:
             found.append(Problem("steps", self.steps, "must be at least 2: one before a resume, one after"))
+        if not found:
+            found = [problem for cell in self.chosen() for problem in _cell_problems(cell)]
         return found
-
-    def _layout_problems(self, word: str) -> list[Problem]:
-        try:
-            layout = parse(word)
-        except WordError as error:
-            return [Problem("layouts", word, str(error))]
-        return [Problem("layouts", word, str(p)) for p in layout.problems(layout.world_size, SEQUENCES)]
 
     def chosen(self) -> list[Cell]:
         """What is to be run."""
@@ -87,7 +83,7 @@ class ParityConfig:
         for engine in self.engines or ["native"]:
             for word in dict.fromkeys(spell(parse(word)) for word in self.layouts):
                 name = word if engine == "native" else f"{engine}:{word}"
-                yield Cell(name, parse(word), engine=engine, family="given" if engine == "native" else engine)
+                yield Cell(name, parse(word), engine=engine)
 
     def _named(self) -> Iterator[Cell]:
         patterns = self.cells if self.cells is not None else [] if self.layouts else ["quick"]
@@ -101,6 +97,26 @@ class ParityConfig:
         training = replace(cell.training, steps=self.steps, **{name: value for name, value in given.items() if value})
         gate = cell.gate if not self.precision else FP32 if self.precision == "fp32" else BF16
         return replace(cell, training=training, gate=gate)
+
+
+def _word_problems(word: str) -> list[Problem]:
+    try:
+        parse(word)
+    except WordError as error:
+        return [Problem("layouts", word, str(error))]
+    return []
+
+
+def _cell_problems(cell: Cell) -> list[Problem]:
+    """Why a cell cannot run."""
+    training = cell.training
+    batch = SEQUENCES // 2 if isinstance(training.objective, DPO) else SEQUENCES  # a pair stays together
+    return [
+        Problem("layouts" if cell.family == GIVEN else "cells", cell.name, str(problem))
+        for layout in (cell.layout, cell.resumed)
+        if layout is not None
+        for problem in layout.problems(layout.world_size, batch, training.model.sizes)
+    ]
 
 
 def main(config: ParityConfig, resolved: dict[str, Any]) -> int:

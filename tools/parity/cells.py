@@ -34,6 +34,7 @@ BF16 = Gate(loss=2e-3, grad_norm=5e-2, weights=5e-2)
 
 
 PLAIN = Training()
+GIVEN = "given on the command line"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Cell:
     gate: Gate = FP32
     engine: str = "native"
     resumed_engine: str = ""
-    family: str = "given"
+    family: str = GIVEN
 
 
 EIGHT_BIT = Training(optim=Adam8bit(lr=1e-3, eps=1e-6))

@@ -193,15 +193,7 @@ class Layout:
                 f"use {_or(_nearest(self.micro_batches, fitting, 2))}"
             )
             found.append(Problem("parallel.micro_batches", self.micro_batches, fix))
-        if self.schedule not in DEFERRING_SCHEDULES:
-            return found
-        if self.zero > 1 and self.dp * self.cp > 1:
-            fix = (
-                f"with schedule={self.schedule}, gradients of weights come after FSDP2 has reduced and freed: silently "
-                "wrong; use zero=1, or schedule=interleaved_1f1b"
-            )
-            found.append(Problem("parallel.zero", self.zero, fix))
-        if compile:
+        if compile and self.schedule in DEFERRING_SCHEDULES:
             fix = (
                 f"schedule={self.schedule} takes the backward pass in two halves, which a compiled block cannot: "
                 "silently wrong; use false, or schedule=interleaved_1f1b"

@@ -142,19 +142,27 @@ def _round(
             raise RanksError(f"ranks {sorted(set(range(len(pipes))) - set(messages))} did not end in {timeout_s} s.")
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
-            with open(os.path.join(directory, str(rank)), errors="replace") as log:
-                try:
-                    kind, content = pickle.loads(pipes[rank].recv_bytes())
-                except EOFError:
-                    processes[rank].join(10)
-                    kind, content = FAILED, f"it died with exit code {processes[rank].exitcode}"
-                if kind == FAILED:
-                    output = log.read()
-                    if ALARM in output:
-                        content = f"it did not end in {timeout_s:g} s"
-                    raise RanksError(f"rank {rank} of {len(processes)} failed: {content}\n{output[-4000:]}")
+            try:
+                kind, content = pickle.loads(pipes[rank].recv_bytes())
+            except EOFError:
+                processes[rank].join(10)
+                kind, content = FAILED, f"it died with exit code {processes[rank].exitcode}"
+            if kind == FAILED:
+                output = _output(directory, rank)
+                if ALARM in output:
+                    content = f"it did not end in {timeout_s:g} s"
+                raise RanksError(f"rank {rank} of {len(processes)} failed: {content}\n{output[-4000:]}")
             messages[rank] = kind, content
     return [messages[rank] for rank in range(len(processes))]
+
+
+def _output(directory: str, rank: int) -> str:
+    """What a rank printed; nothing where it died before it could."""
+    try:
+        with open(os.path.join(directory, str(rank)), errors="replace") as log:
+            return log.read()
+    except FileNotFoundError:
+        return ""
 
 
 def _rank(

@@ -124,15 +124,6 @@ REFUSED = [
         "parallel.micro_batches",
         ["pp=3", "use 6 or 8"],
     ),
-    *(
-        (
-            dict(pp=2, virtual_stages=2, schedule=schedule, micro_batches=4, dp_shard=2, zero=zero),
-            "parallel.zero",
-            ["silently wrong; use zero=1", schedule],
-        )
-        for schedule in ("interleaved_zero_bubble", "zbv", "dual_pipe_v")
-        for zero in (2, 3)
-    ),
     (dict(recompute="some"), "parallel.recompute", ["none, full, selective", "0.5"]),
     (dict(recompute="1.5"), "parallel.recompute", ["between 0 and 1"]),
     (dict(offload="everything"), "parallel.offload", ["none, optimizer, parameters"]),
@@ -186,7 +177,6 @@ def test_problems_of_every_axis_are_told_at_once() -> None:
     assert keys == [
         "parallel.recompute",
         "parallel.virtual_stages",
-        "parallel.zero",
         "stage.compile",
         "parallel.ring",
         "parallel.ep",

@@ -141,6 +141,8 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("pp2-zero2", "pp2.dp2.zero2.mb2"),
         ("pp2-zero3", "pp2.dp2.zero3.mb2"),
         ("zbv-zero2", "pp2.dp2.zero2.zbv.mb4"),
+        ("zbv-zero3", "pp2.dp2.zero3.zbv.mb4"),
+        ("dual-pipe-v-zero3", "pp2.dp2.zero3.dual_pipe_v.mb4"),
         ("zero-bubble-zero1", "pp2.dp2.zero1.interleaved_zero_bubble.mb4"),
     ],
     "three axes": [

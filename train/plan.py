@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from parallel.layout import Layout
+
 if TYPE_CHECKING:
     from train.config import RunConfig
 
@@ -29,7 +31,17 @@ def plan(config: "RunConfig") -> str:
         per_rank = stage.global_batch // (layout.dp * layout.micro_batches)
         lines += [
             f"run     {stage.steps:,} steps of {stage.global_batch} x {length} tokens = {tokens:,.3f} B tokens",
-            f"layout  {layout.world_size} processes: dp_replicate {layout.dp_replicate} x dp_shard {layout.dp_shard}, "
-            f"ZeRO-{layout.zero}, micro-batches of {per_rank} sequences",
+            f"layout  {layout.world_size} processes: {_axes(layout)}, ZeRO-{layout.zero}, "
+            f"{layout.micro_batches} micro-batches of {per_rank} sequences a data-parallel rank",
         ]
+        if layout.pp > 1:
+            stages = layout.pp * layout.virtual_stages
+            lines.append(f"stages  {stages}, {layout.virtual_stages} a rank, by schedule {layout.schedule}")
     return "\n".join(lines)
+
+
+def _axes(layout: Layout) -> str:
+    """The axes of more than one rank, as in "pp 2 x tp 4"."""
+    sizes = {name: getattr(layout, name) for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
+    shown = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "dp_shard 1"
+    return shown + (f" (ep {layout.ep})" if layout.ep > 1 else "")

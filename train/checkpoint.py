@@ -23,7 +23,7 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,8 @@ from data_pipeline.artifact import write_atomically
 CHECKSUMS = "checksums.json"
 TRAINER = "trainer.json"
 NAME = re.compile(r"step-(\d{8,})")
+MODEL = "model."
+"""What parameters' names begin with."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -274,20 +276,58 @@ class Checkpoints:
     def _load(self, checkpoint: Path, state: dict[str, Tensor]) -> None:
         reader = dcp.FileSystemReader(checkpoint)
         stored = reader.read_metadata().state_dict_metadata
-        if set(stored) != set(state):
-            lacking, surplus = sorted(set(state) - set(stored)), sorted(set(stored) - set(state))
+        differing = self._differing({name: tuple(getattr(entry, "size", ())) for name, entry in stored.items()}, state)
+        if differing:
             raise CheckpointError(
-                f"{checkpoint} holds the state of another run: it lacks {', '.join(lacking[:3]) or 'nothing'} and has "
-                f"{', '.join(surplus[:3]) or 'nothing'} beyond what this configuration trains. Give the configuration "
-                "it was written with, or another run_dir."
+                f"{checkpoint} holds the state of another run:\n  " + "\n  ".join(differing) + "\n"
+                "Give the configuration it was written with, or another run_dir."
             )
         dcp.load(state, storage_reader=reader, process_group=self._group)
+
+    def _differing(self, stored: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> list[str]:
+        """What keeps a checkpoint from being this run's, in lines. A rank of a pipeline has some of the names only, so
+        the ranks' are put together."""
+        names = sorted(stored)
+        taken = torch.tensor([name in state for name in names], dtype=torch.uint8)
+        dist.all_reduce(taken, op=dist.ReduceOp.MAX, group=self._group)
+        there = {name for name, some_rank in zip(names, taken.tolist(), strict=True) if not some_rank}
+        here = set(self._gather([name for name in state if name not in stored]))
+        shapes = [(name, stored[name], tuple(tensor.shape)) for name, tensor in state.items() if name in stored]
+        reshaped = self._gather([f"{n}: {list(old)} there, {list(new)} here" for n, old, new in shapes if old != new])
+        parameters = [line for line in reshaped if line.startswith(MODEL)] or reshaped  # moments have their shapes
+        return [*_only("there", there), *_only("here", here), *_some(parameters)]
 
     def close(self) -> None:
         """Let a save under way come to its end, whichever, and let go of the host copies."""
         if self._pending is not None:
             wait([self._pending.future])
         self._stager.close()
+
+
+def _only(where: str, names: set[str]) -> list[str]:
+    """Names that only one side has, in lines; what belongs to a parameter goes without saying."""
+    parameters = {name.removeprefix(MODEL) for name in names if name.startswith(MODEL)}
+    moments, averages, others = set(), set(), set()
+    for name in names:
+        kind, _, rest = name.partition(".")
+        parameter, _, moment = rest.rpartition(".")
+        if kind == "optimizer" and parameter not in parameters:
+            moments.add(moment)
+        elif kind == "ema" and rest not in parameters:
+            averages.add(rest)
+        elif kind not in ("model", "optimizer", "ema"):
+            others.add(name)
+    lines = [f"parameters only {where}: {', '.join(_some(parameters))}"] if parameters else []
+    if moments:
+        lines.append(f"moments only {where}, of another optimizer: {', '.join(sorted(moments))}")
+    if averages:
+        lines.append(f"averaged weights only {where} (stage.ema): {', '.join(_some(averages))}")
+    return [*lines, f"only {where}: {', '.join(_some(others))}"] if others else lines
+
+
+def _some(names: Iterable[str], count: int = 4) -> list[str]:
+    ordered = sorted(names)
+    return ordered if len(ordered) <= count else [*ordered[:count], f"and {len(ordered) - count} more"]
 
 
 @dataclass(frozen=True)

@@ -194,16 +194,105 @@ def test_a_run_does_not_begin_anew_when_all_its_checkpoints_are_damaged(tmp_path
         assert "step-00000003: __0_0.distcp has another checksum" in message and "step-00000007" in message
 
 
-def _other_model(directory):
+OTHERS = {
+    "another parameter": ({"model.b": torch.zeros(1)}, (), ["parameters only here: b"]),
+    "a parameter less": ({}, ("model.a", "optimizer.a.exp_avg"), ["parameters only there: a"]),
+    "another optimizer": (
+        {"optimizer.a.momentum": torch.zeros(1)},
+        ("optimizer.a.exp_avg",),
+        [
+            "moments only there, of another optimizer: exp_avg",
+            "moments only here, of another optimizer: momentum",
+        ],
+    ),
+    "averaged weights": ({"ema.a": torch.zeros(1)}, (), ["averaged weights only here (stage.ema): a"]),
+    "another count": ({}, ("engine.steps",), ["only there: engine.steps"]),
+    "another width": (
+        {"model.a": torch.zeros(1, 7), "optimizer.a.exp_avg": torch.zeros(7)},
+        (),
+        ["model.a: [1000] there, [1, 7] here"],
+    ),
+    "many parameters": (
+        {f"model.b{n}": torch.zeros(1) for n in range(9)},
+        (),
+        ["parameters only here: b0, b1, b2, b3, and 5 more"],
+    ),
+}
+
+
+def _other_models(directory):
+    """What is said of each."""
     checkpoints = saved(directory, 1)
+    found = {}
+    for name, (more, without, _) in OTHERS.items():
+        target = {key: value for key, value in (state(-1) | more).items() if key not in without}
+        before = {key: value.clone() for key, value in target.items()}
+        try:
+            checkpoints.restore(target)
+        except CheckpointError as error:
+            found[name] = str(error)
+        assert all(torch.equal(target[key], before[key]) for key in before)
+    return found
+
+
+def test_the_state_of_another_model_is_refused_by_name_and_shape_before_a_tensor_is_read(tmp_path):
+    [found] = run_ranks(1, _other_models, tmp_path)
+    assert found.keys() == OTHERS.keys()
+    for name, said in found.items():
+        assert [line.strip() for line in said.splitlines()[1:-1]] == OTHERS[name][2], name
+
+
+def _pipeline(directory, layers, ranks_of_a_stage, write):
+    """Two stages, each sharded: what `Engine.state()` gives under pp, with an embedding that both hold."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    world = distributed.start()
+    mesh = init_device_mesh("cpu", (2, ranks_of_a_stage), mesh_dim_names=("pp", "dp"))
+    stage = world.rank // ranks_of_a_stage
+
+    def shared(value, size, placement):
+        full = torch.arange(float(size)).view(-1, 2) + value if write else torch.full((size // 2, 2), -1.0)
+        return distribute_tensor(full, mesh["dp"], [placement])
+
+    tensors = {"model.embedding": shared(1000, 14, Shard(0)), "engine.steps": torch.tensor(7 if write else 0)}
+    for layer in range(layers)[stage::2]:
+        tensors[f"model.{layer}"] = shared(100 * layer, 10, Shard(1))
+        tensors[f"optimizer.{layer}.step"] = torch.tensor(float(layer) if write else -1)  # plain, of one stage
+    if world.rank == world.size - 1:
+        tensors["model.alone"] = torch.full((3,), 5.0 if write else -1)
+    checkpoints = Checkpoints(directory, every=1, keep=2)
+    if write:
+        checkpoints.save(1, tensors, {"step": 1})
+        checkpoints.wait()
+        return damage(checkpoints.path(1))
     try:
-        checkpoints.restore({**state(0), "model.b": torch.zeros(1)})
+        checkpoints.restore(tensors)
     except CheckpointError as error:
         return str(error)
+    return {name: getattr(t, "full_tensor", lambda t=t: t)().flatten().tolist() for name, t in tensors.items()}
 
 
-def test_the_state_of_another_model_is_refused_by_name(tmp_path):
-    assert "lacks model.b" in run_ranks(1, _other_model, tmp_path)[0]
+def test_a_pipeline_whose_ranks_have_other_names_saves_and_loads_the_union(tmp_path):
+    assert run_ranks(4, _pipeline, tmp_path, 3, 2, True) == [[]] * 4
+    for ranks in (4, 2):
+        found = run_ranks(ranks, _pipeline, tmp_path, 3, ranks // 2, False)
+        for rank, tensors in enumerate(found):
+            layers = (0, 2) if rank < ranks // 2 else (1,)
+            alone = {"model.alone": [5.0] * 3} if rank == ranks - 1 else {}
+            assert tensors == {
+                "model.embedding": [1000.0 + n for n in range(14)],
+                "engine.steps": [7],
+                **{f"model.{layer}": [100.0 * layer + n for n in range(10)] for layer in layers},
+                **{f"optimizer.{layer}.step": [float(layer)] for layer in layers},
+                **alone,
+            }
+
+
+def test_what_no_stage_of_a_pipeline_has_is_another_model_to_all_of_them(tmp_path):
+    run_ranks(2, _pipeline, tmp_path, 3, 1, True)
+    more, fewer = (run_ranks(2, _pipeline, tmp_path, layers, 1, False) for layers in (4, 2))
+    assert all("parameters only here: 3\n" in said for said in more)
+    assert all("parameters only there: 2\n" in said for said in fewer)
 
 
 def _retention(directory):

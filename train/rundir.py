@@ -23,6 +23,7 @@ IRRELEVANT = (
     "resume",
     "dry_run",
     "parallel",
+    "engine.cpu",
     "logger",
     "eval",
     "export",

@@ -26,7 +26,7 @@ from conf.errors import Problem
 from conf.registry import register
 from parallel.distributed import World
 from parallel.ema import Average
-from parallel.engine import LossTerms, Outputs, Settings, StepResult
+from parallel.engine import Outputs, Settings, StepResult
 from parallel.engines.megatron_masters import Masters
 from parallel.engines.megatron_model import (
     IGNORED,
@@ -306,20 +306,20 @@ class MegatronEngine:
 
     def _figures(self, micro_batches: Sequence[Any], objective: Any, training: bool) -> Sums:
         """Forward, and backward where training, of all micro-batches. Of the ranks of a pipeline, and of those that
-        share its matrices, one counts; the others count zeros under the same names."""
+        share its matrices, one counts; those of earlier stages know the names of its figures from a loss of nothing."""
         sums = Sums(self.device)
         moved = [micro_batch.to(self.device) for micro_batch in micro_batches]
 
         def answer(number: int, logprobs_BL: Tensor) -> Tensor:
             terms = objective.loss(Outputs(logprobs_BL), moved[number])
-            sums.add(terms if self.stage.tp_rank == 0 else _nothing(terms))
+            sums.add(terms, counts=self.stage.tp_rank == 0)
             return terms.total
 
         self._run(micro_batches, objective.causal, answer, training)
         if not self.stage.last:
             for micro_batch in moved:
                 unknown_BL = torch.zeros(micro_batch.labels_BL.shape, device=self.device)
-                sums.add(_nothing(objective.loss(Outputs(unknown_BL), micro_batch)))
+                sums.add(objective.loss(Outputs(unknown_BL), micro_batch), counts=False)
         return sums
 
     def _run(
@@ -510,12 +510,6 @@ class _Inputs:
             labels_BL=longer(micro_batch.labels_BL, IGNORED).to(device),
             visible_B1LL=None if visible_B1LL is None else visible_B1LL.to(device),
         )
-
-
-def _nothing(terms: LossTerms) -> LossTerms:
-    """Zeros under the names of these terms."""
-    zero = torch.zeros_like(terms.total.detach())
-    return LossTerms(zero, 0, dict.fromkeys(terms.metrics, zero))
 
 
 def _squares(gradients: list[tuple[Tensor, int]]) -> Tensor:

@@ -126,6 +126,8 @@ class Masters:
         return whole
 
     def _placed(self, piece: Piece, local: Tensor) -> DTensor:
+        if local.untyped_storage().nbytes() != local.nbytes:
+            local = local.clone()  # a checkpoint copies whole storages, and takes no DTensor of a part of one
         shape = self.shapes[piece.name]
         stride = torch.empty(shape, device="meta").stride()
         whole = DTensor.from_local(local, self.mesh, placements(piece), run_check=False, shape=shape, stride=stride)

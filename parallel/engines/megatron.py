@@ -5,14 +5,14 @@ Same configuration, objectives, micro-batches and checkpoints, so that a run may
 other. Gradients are of sums here, too: Megatron adds them up over micro-batches and ranks, and the optimizer's kernel
 divides once, together with clipping. The optimizer is the run's own; it updates Megatron's flat buffers.
 
-Shape suffixes: B sequences, L tokens, V vocabulary rows of this rank.
+Shape suffixes: B sequences, L tokens, l tokens of this context-parallel rank, V vocabulary rows of this rank.
 """
 
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,26 +24,27 @@ from torch.optim import Optimizer
 
 from conf.errors import Problem
 from conf.registry import register
+from parallel import context
 from parallel.distributed import World
 from parallel.ema import Average
 from parallel.engine import Outputs, Settings, StepResult
 from parallel.engines.megatron_masters import Masters
 from parallel.engines.megatron_model import (
-    IGNORED,
-    Rotary,
+    Sight,
     build_chunks,
     join_groups,
     label_logprobs,
     model_problems,
     multiples_near,
-    visible,
 )
 from parallel.engines.megatron_stage import Stage
 from parallel.engines.native import EngineError
 from parallel.layout import Layout
+from parallel.mesh import Mesh
 from parallel.precision import compute_dtype
 from parallel.reduce import Sums, means
 from parallel.spikes import Spikes
+from parallel.view import IGNORED, PADDING, view_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -133,12 +134,16 @@ class Megatron:
             from parallel.engines.megatron_cpu import on_cpu as here
         with here():
             join_groups(layout)
-            modules, rotary = build_chunks(architecture, vocabulary, layout, compute)
+            mesh = Mesh(layout, world.device)
+            if layout.cp > 1:
+                context.install(model, mesh.context_group, layout.ring)
+            sight = Sight(model)
+            modules = build_chunks(sight, vocabulary, layout, compute)
             stage = Stage(layout, modules, architecture, vocabulary, world.device)
             stage.place(model, initialise)
             made = optimizer(model)
             masters = _onto_flat_buffers(made, model, stage, layout)
-            return MegatronEngine(stage, masters, rotary, made, layout, world, settings, self.ema_debias, here)
+            return MegatronEngine(stage, masters, sight, made, mesh, world, settings, self.ema_debias, here)
 
 
 def layout_problems(layout: Layout) -> list[Problem]:
@@ -146,12 +151,10 @@ def layout_problems(layout: Layout) -> list[Problem]:
     if min(layout.pp, layout.tp, layout.virtual_stages) < 1:
         return []  # the layout says so itself, and what follows divides by them
     found = []
-    for key, why in {
-        "cp": "context parallelism of Megatron needs TransformerEngine's attention, which takes no mask of documents",
-        "ep": "engine=megatron has dense decoders only",
-    }.items():
-        if getattr(layout, key) > 1:
-            found.append(Problem(f"parallel.{key}", getattr(layout, key), f"{why}; use 1, or engine=native"))
+    if layout.ep > 1:
+        found.append(
+            Problem("parallel.ep", layout.ep, "engine=megatron has dense decoders only; use 1, or engine=native")
+        )
     if layout.zero > 1:
         fix = "engine=megatron shares nothing (0) or optimizer states (1: its distributed optimizer)"
         found.append(Problem("parallel.zero", layout.zero, fix))
@@ -168,9 +171,8 @@ def layout_problems(layout: Layout) -> list[Problem]:
         found.append(Problem("parallel.micro_batches", layout.micro_batches, fix))
     if layout.offload != "none":
         found.append(Problem("parallel.offload", layout.offload, "engine=megatron offloads nothing; use none"))
-    for key in ("ring", "async_tp"):
-        if getattr(layout, key):
-            found.append(Problem(f"parallel.{key}", True, "is a switch of engine=native; use false"))
+    if layout.async_tp:
+        found.append(Problem("parallel.async_tp", True, "is a switch of engine=native; use false"))
     return found
 
 
@@ -190,7 +192,7 @@ def _onto_flat_buffers(optimizer: Optimizer, model: nn.Module, stage: Stage, lay
     group_of = {
         parameter: number for number, group in enumerate(optimizer.param_groups) for parameter in group["params"]
     }
-    held = stage.held(copies=layout.dp if layout.zero == 0 else 1)
+    held = stage.held(copies=layout.dp * layout.cp if layout.zero == 0 else 1)
     groups = [group_of[canonical[one.pieces[0].name]] for one in held]
 
     def update(parameters: dict[str, Tensor]) -> None:
@@ -241,9 +243,9 @@ class MegatronEngine:
         self,
         stage: Stage,
         masters: Masters,
-        rotary: Rotary,
+        sight: Sight,
         optimizer: Optimizer,
-        layout: Layout,
+        mesh: Mesh,
         world: World,
         settings: Settings,
         ema_debias: bool,
@@ -252,9 +254,9 @@ class MegatronEngine:
         from megatron.core.distributed import finalize_model_grads
 
         self.device, self.rank = world.device, world.rank
-        self.dp_rank, self.dp_size = stage.dp_rank, layout.dp
-        self.stage, self.masters, self.rotary, self.optimizer = stage, masters, rotary, optimizer
-        self.layout, self.settings, self.here = layout, settings, here
+        self.dp_rank, self.dp_size = mesh.dp_rank, mesh.layout.dp
+        self.stage, self.masters, self.sight, self.optimizer = stage, masters, sight, optimizer
+        self.mesh, self.layout, self.settings, self.here = mesh, mesh.layout, settings, here
         config = stage.modules[0].config
         # Without its number of tokens, by which it would divide: the engine divides by the step's weight.
         config.finalize_model_grads_func = lambda chunks, tokens, **groups: finalize_model_grads(chunks, None, **groups)
@@ -312,10 +314,10 @@ class MegatronEngine:
 
         def answer(number: int, logprobs_BL: Tensor) -> Tensor:
             terms = objective.loss(Outputs(logprobs_BL), moved[number])
-            sums.add(terms, counts=self.stage.tp_rank == 0)
+            sums.add(terms, counts=self.mesh.counts)
             return terms.total
 
-        self._run(micro_batches, objective.causal, answer, training)
+        self._run(moved, objective.causal, answer, training)
         if not self.stage.last:
             for micro_batch in moved:
                 unknown_BL = torch.zeros(micro_batch.labels_BL.shape, device=self.device)
@@ -328,7 +330,7 @@ class MegatronEngine:
         """Megatron's schedule over micro-batches.
 
         Args:
-            micro_batches: all of as many sequences.
+            micro_batches: all of as many sequences; on the device.
             causal: hide later tokens.
             answer: given the number of a micro-batch and its logprobs_BL, on the last stage; returns what to
                 differentiate.
@@ -337,24 +339,24 @@ class MegatronEngine:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         longest = max(micro_batch.tokens_BL.shape[1] for micro_batch in micro_batches)
-        length = -(-longest // self.layout.tp) * self.layout.tp  # sequence parallelism shares it evenly
-        inputs = [_Inputs.of(micro_batch, length, causal, self.device) for micro_batch in micro_batches]
-        count = len(inputs)
+        views = [view_of(_lengthened(batch, longest), self.layout, self.mesh, causal=causal) for batch in micro_batches]
+        count = len(views)
         if self.layout.virtual_stages > 1:  # where it trains, they are as many as that already
             count = -(-count // self.layout.pp) * self.layout.pp
+        self.sight.visible.clear()
 
         def forward(numbers: Iterator[int], chunk: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
             number = next(numbers)
-            given = inputs[min(number, len(inputs) - 1)]
-            self.rotary.positions_BL = given.positions_BL
-            return chunk(given.tokens_BL, given.positions_BL, given.visible_B1LL), partial(loss, number)
+            view = views[min(number, len(views) - 1)]
+            seen = self.sight.see(number, view.positions_Bl, view.documents_Bl, **view.context)
+            return chunk(view.tokens_Bl, view.positions_Bl, seen), partial(loss, number)
 
-        def loss(number: int, logits_BLV: Tensor) -> tuple[Tensor, Tensor, None]:
+        def loss(number: int, logits_BlV: Tensor) -> tuple[Tensor, Tensor, None]:
             uncounted = torch.zeros((), dtype=torch.int, device=self.device)
-            if number >= len(inputs):
-                return logits_BLV.new_zeros(()), uncounted, None
-            labels_BL = inputs[number].labels_BL
-            logprobs_BL = label_logprobs(logits_BLV, labels_BL, self.stage.rows)
+            if number >= len(views):
+                return logits_BlV.new_zeros(()), uncounted, None
+            logprobs_Bl = label_logprobs(logits_BlV, views[number].labels_Bl, self.stage.rows)
+            logprobs_BL = views[number].whole(logprobs_Bl)
             return answer(number, logprobs_BL[:, : micro_batches[number].tokens_BL.shape[1]]), uncounted, None
 
         chunks = list(self.masters.chunks)
@@ -364,8 +366,8 @@ class MegatronEngine:
             data_iterator=numbers if len(chunks) > 1 else numbers[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=count,
-            seq_length=length,
-            micro_batch_size=inputs[0].tokens_BL.shape[0],
+            seq_length=longest + -longest % self.layout.sequence_multiple,
+            micro_batch_size=views[0].tokens_Bl.shape[0],
             forward_only=not training,
         )
 
@@ -389,7 +391,7 @@ class MegatronEngine:
             return logprobs_BL.sum()
 
         with self._inference(ema=False):
-            self._run([micro_batch], causal=True, answer=answer, training=False)
+            self._run([micro_batch.to(self.device)], causal=True, answer=answer, training=False)
         if self.layout.pp > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(found_BL, last, group=parallel_state.get_pipeline_model_parallel_group())
@@ -489,27 +491,13 @@ class MegatronEngine:
         return list(owners.values())
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """A micro-batch as Megatron's modules take it, padded on the right."""
-
-    tokens_BL: Tensor
-    positions_BL: Tensor
-    labels_BL: Tensor
-    visible_B1LL: Tensor | None
-
-    @classmethod
-    def of(cls, micro_batch: Any, length: int, causal: bool, device: torch.device) -> "_Inputs":
-        def longer(x_BL: Tensor, fill: int) -> Tensor:
-            return F.pad(x_BL, (0, length - x_BL.shape[1]), value=fill)
-
-        visible_B1LL = visible(longer(micro_batch.documents_BL, -1), causal)
-        return cls(
-            tokens_BL=longer(micro_batch.tokens_BL, 0).to(device),
-            positions_BL=longer(micro_batch.positions_BL, 0).to(device),
-            labels_BL=longer(micro_batch.labels_BL, IGNORED).to(device),
-            visible_B1LL=None if visible_B1LL is None else visible_B1LL.to(device),
-        )
+def _lengthened(micro_batch: Any, length: int) -> Any:
+    """A copy whose sequences end in padding: Megatron's stages pass on tensors of one size."""
+    missing = length - micro_batch.tokens_BL.shape[1]
+    fill = {"tokens_BL": 0, "positions_BL": 0, "documents_BL": PADDING, "labels_BL": IGNORED}
+    return replace(
+        micro_batch, **{key: F.pad(getattr(micro_batch, key), (0, missing), value=v) for key, v in fill.items()}
+    )
 
 
 def _squares(gradients: list[tuple[Tensor, int]]) -> Tensor:

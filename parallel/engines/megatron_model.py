@@ -1,11 +1,11 @@
 """Megatron-Core's GPTModel, built from the configuration of a Llama-family decoder.
 
 Linear layers, embeddings, the pipeline's stages and the blocks around them are Megatron's. Norms, attention and rotary
-angles are put into its layer specification from here: norms that sequence parallelism knows, PyTorch's scaled dot
-products under the documents' mask, and angles from each token's position in its document.
+angles are put into its layer specification from here: norms that sequence parallelism knows, the run's own attention
+kernel under the documents' mask, and angles from each token's position in its document.
 
-Shape suffixes: B sequences, L tokens, H query heads, K key/value heads, D features of a head, E = D/2 rotated pairs,
-V vocabulary rows of this rank.
+Shape suffixes: B sequences, L tokens (of this context-parallel rank), H query heads, K key/value heads, D features of a
+head, E = D/2 rotated pairs, V vocabulary rows of this rank.
 """
 
 from typing import Any
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from conf.errors import Problem
 from parallel.layout import Layout
-
-IGNORED = -100
+from parallel.view import IGNORED
 
 
 def model_problems(architecture: Any, layout: Layout) -> list[Problem]:
@@ -71,13 +70,14 @@ def join_groups(layout: Layout) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
     global _joined
-    wanted = (dist.group.WORLD, layout.pp, layout.tp, layout.virtual_stages)
+    wanted = (dist.group.WORLD, layout.pp, layout.cp, layout.tp, layout.virtual_stages)
     if _joined != wanted:
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.virtual_stages if layout.virtual_stages > 1 else None,
+            context_parallel_size=layout.cp,
             create_gloo_process_groups=False,
         )
         _joined = wanted
@@ -87,13 +87,46 @@ def join_groups(layout: Layout) -> None:
 _joined: tuple[Any, ...] = ()
 
 
-def build_chunks(
-    architecture: Any, vocabulary: int, layout: Layout, compute: torch.dtype
-) -> tuple[list[nn.Module], "Rotary"]:
-    """This rank's GPTModels, uninitialised, one for each of its pipeline chunks; and the angles they all read.
+class Sight:
+    """What the modules are told of each micro-batch beside its tokens.
+
+    Megatron hands a mask from module to module as it is, and keeps it for recomputation, but it must be a tensor: it is
+    given the number of the micro-batch, under which is found what its tokens see.
 
     Args:
-        architecture: a DecoderConfig, or what has its fields.
+        model: our decoder: its `visibility` and its blocks' `attend` are used, and its configuration's `rope`.
+
+    Attributes:
+        positions_BL: of the micro-batch whose forward pass is next.
+        visible: of each micro-batch of the step, by number.
+    """
+
+    def __init__(self, model: Any):
+        self.architecture = model.config
+        self.visibility = model.visibility
+        self.attend = model.blocks[0].self_attn.attend
+        self.positions_BL: Tensor | None = None
+        self.visible: dict[int, Any] = {}
+
+    def see(self, number: int, positions_BL: Tensor, documents_BL: Tensor, **context: Any) -> Tensor:
+        """The mask to give to Megatron; `context` are further arguments of the decoder's `visibility`."""
+        self.positions_BL = positions_BL
+        self.visible[number] = self.visibility(documents_BL, backend=self.architecture.attention, **context)
+        return torch.tensor(number)  # on the CPU: reading it waits for nobody
+
+    def angles(self) -> Tensor:
+        """angle_LB1D: each pair's angle, for both of its features."""
+        assert self.positions_BL is not None, "see first"
+        frequency_E = self.architecture.rope.frequencies(self.architecture.head_dim, self.positions_BL.device)
+        angle_LB1E = self.positions_BL.t()[:, :, None, None].float() * frequency_E
+        return torch.cat([angle_LB1E, angle_LB1E], dim=-1)
+
+
+def build_chunks(sight: Sight, vocabulary: int, layout: Layout, compute: torch.dtype) -> list[nn.Module]:
+    """This rank's GPTModels, uninitialised, one for each of its pipeline chunks.
+
+    Args:
+        sight: what they will be told.
         vocabulary: number of token ids; rows are added until tensor-parallel ranks have the same number.
         layout: sizes of the mesh axes.
         compute: dtype of parameters and activations.
@@ -102,15 +135,15 @@ def build_chunks(
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+    architecture = sight.architecture
     config = _transformer_config(architecture, layout, compute)
-    rotary = Rotary(architecture)
     chunks = []
     for number in range(layout.virtual_stages):
         vp_stage = number if layout.virtual_stages > 1 else None
         layers = get_num_layers_to_build(config, vp_stage)
         chunk = GPTModel(
             config,
-            TransformerBlockSubmodules(layer_specs=[_layer(architecture)] * layers, layer_norm=Norm),
+            TransformerBlockSubmodules(layer_specs=[_layer(sight)] * layers, layer_norm=Norm),
             vocab_size=-(-vocabulary // layout.tp) * layout.tp,
             max_sequence_length=architecture.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -119,9 +152,9 @@ def build_chunks(
             position_embedding_type="rope",
             vp_stage=vp_stage,
         )
-        chunk.rotary_pos_emb = rotary
+        chunk.rotary_pos_emb = Rotary(sight)
         chunks.append(chunk)
-    return chunks, rotary
+    return chunks
 
 
 def _transformer_config(architecture: Any, layout: Layout, compute: torch.dtype) -> Any:
@@ -151,6 +184,7 @@ def _transformer_config(architecture: Any, layout: Layout, compute: torch.dtype)
         calculate_per_token_loss=True,  # gradients of sums, never means: the engine divides, once
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.tp > 1,
+        context_parallel_size=layout.cp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.virtual_stages if virtual else None,
         pipeline_model_parallel_layout=_stages(architecture.layers, layout) if layout.pp > 1 else None,
@@ -183,7 +217,7 @@ def _recompute(recompute: str, layers: int) -> dict[str, Any]:
     return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": share}
 
 
-def _layer(architecture: Any) -> Any:
+def _layer(sight: Sight) -> Any:
     """What one block is made of."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -194,10 +228,10 @@ def _layer(architecture: Any) -> Any:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-    head_norm = Norm if architecture.qk_norm else IdentityOp
+    head_norm = Norm if sight.architecture.qk_norm else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
-        core_attention=Attention,
+        core_attention=ModuleSpec(module=Attention, params={"sight": sight}),
         linear_proj=RowParallelLinear,
         q_layernorm=head_norm,
         k_layernorm=head_norm,
@@ -235,54 +269,33 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Scaled dot products under a mask that says what is visible; arguments are Megatron's."""
+    """The kernel of our decoder's attention; arguments are Megatron's."""
 
-    def __init__(self, **unused: Any):
+    def __init__(self, sight: Sight, **unused: Any):
         super().__init__()
+        self.sight = sight
 
-    def forward(
-        self, q_LBHD: Tensor, k_LBKD: Tensor, v_LBKD: Tensor, visible_B1LL: Tensor | None, **unused: Any
-    ) -> Tensor:
-        """out_LBN, N = HD; no mask stands for the triangle alone."""
-        q_BHLD, k_BKLD, v_BKLD = (x.permute(1, 2, 0, 3) for x in (q_LBHD, k_LBKD, v_LBKD))
-        out_BHLD = F.scaled_dot_product_attention(
-            q_BHLD, k_BKLD, v_BKLD, attn_mask=visible_B1LL, is_causal=visible_B1LL is None, enable_gqa=True
-        )
-        return out_BHLD.permute(2, 0, 1, 3).flatten(2)
+    def forward(self, q_LBHD: Tensor, k_LBKD: Tensor, v_LBKD: Tensor, number: Tensor, **unused: Any) -> Tensor:
+        """out_LBN, N = HD; `number` is the micro-batch's."""
+        q_BLHD, k_BLKD, v_BLKD = (x.transpose(0, 1) for x in (q_LBHD, k_LBKD, v_LBKD))
+        out_BLHD = self.sight.attend(q_BLHD, k_BLKD, v_BLKD, self.sight.visible[int(number)])
+        return out_BLHD.transpose(0, 1).flatten(2)
 
 
 class Rotary(nn.Module):
-    """Angles of the micro-batch whose positions were told last; stands in for Megatron's own, which counts from 0.
+    """Angles of the micro-batch that is seen; stands in for Megatron's own, which counts from 0."""
 
-    Args:
-        architecture: its `rope` knows the frequencies.
-    """
-
-    def __init__(self, architecture: Any):
+    def __init__(self, sight: Sight):
         super().__init__()
-        self.architecture = architecture
-        self.positions_BL: Tensor | None = None
+        self.sight = sight
 
     def get_rotary_seq_len(self, *unused: Any) -> int:
         """Megatron asks; the positions say."""
         return 0
 
     def forward(self, *unused: Any, **also_unused: Any) -> Tensor:
-        """angle_LB1D: each pair's angle, for both of its features."""
-        assert self.positions_BL is not None, "tell the positions first"
-        frequency_E = self.architecture.rope.frequencies(self.architecture.head_dim, self.positions_BL.device)
-        angle_LB1E = self.positions_BL.t()[:, :, None, None].float() * frequency_E
-        return torch.cat([angle_LB1E, angle_LB1E], dim=-1)
-
-
-def visible(documents_BL: Tensor, causal: bool) -> Tensor | None:
-    """visible_B1LL: True where a query sees a key, as in `train.models.attention`; None where the triangle says it."""
-    if causal and documents_BL.device.type == "cpu":
-        before_BL, after_BL = documents_BL[:, :-1], documents_BL[:, 1:]
-        if bool(((before_BL == after_BL) | (after_BL < 0)).all()):
-            return None
-    same_BLL = documents_BL[:, :, None] == documents_BL[:, None, :]
-    return (same_BLL.tril() if causal else same_BLL)[:, None]
+        """angle_LB1D."""
+        return self.sight.angles()
 
 
 def label_logprobs(logits_BLV: Tensor, labels_BL: Tensor, rows: int) -> Tensor:

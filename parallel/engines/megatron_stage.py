@@ -24,8 +24,7 @@ class Stage:
         device: where it is.
 
     Attributes:
-        mesh: axes (tp, dp) of the ranks of this pipeline stage.
-        tp_rank, dp_rank: this rank's place among them.
+        mesh: axes (tp, dp) of the ranks of this pipeline stage; dp holds the context-parallel ranks, too.
         first, last: whether this is the pipeline's first stage, or its last.
         pieces: canonical parameters in each of its parameters.
         rows: how many of this rank's rows of the vocabulary stand for a token.
@@ -39,12 +38,12 @@ class Stage:
         self.modules = modules
         number = parallel_state.get_pipeline_model_parallel_rank()
         self.first, self.last = number == 0, number == layout.pp - 1
-        groups = [parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()]
-        ranks = torch.arange(layout.world_size).view(layout.pp, layout.dp, layout.tp)[number].t().contiguous()
+        data = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        groups = [parallel_state.get_tensor_model_parallel_group(), data]
+        ranks = torch.arange(layout.world_size).view(layout.pp, -1, layout.tp)[number].t().contiguous()
         self.mesh = DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("tp", "dp"))
-        self.tp_rank, self.dp_rank = self.mesh.get_local_rank("tp"), self.mesh.get_local_rank("dp")
         each = -(-vocabulary // layout.tp)
-        self.rows = max(0, min(each, vocabulary - self.tp_rank * each))
+        self.rows = max(0, min(each, vocabulary - self.mesh.get_local_rank("tp") * each))
         self.pieces: dict[nn.Parameter, list[Piece]] = {}
         for module in modules:
             first_layer = module.decoder.layers[0].layer_number - 1

@@ -95,6 +95,8 @@ def test_two_ranks_train_the_run_of_one_native_process() -> None:
             Cell("tp2-bf16", Layout(tp=2, **two), replace(SMALL, precision="bf16"), gate=BF16),
             Cell("pp2-recomputed", Layout(pp=2, recompute="full", micro_batches=4), SMALL),
             Cell("pp2-interleaved-uneven", Layout(pp=2, **INTERLEAVED, **two), DEEP),
+            Cell("cp2", Layout(cp=2, **two), SMALL),
+            Cell("cp2-ring", Layout(cp=2, ring=True), SMALL),
             Cell("dp2", Layout(dp_shard=2, **two), SMALL),
             Cell("dp2-distributed-optimizer-ema", Layout(dp_shard=2, zero=1, **two), UNTIED),
             Cell(
@@ -116,6 +118,8 @@ def test_four_ranks_train_the_run_of_one_native_process_over_20_steps() -> None:
             Cell("tp2-pp2", Layout(tp=2, pp=2, **two), replace(SMALL, steps=20)),
             Cell("tp2-pp2-interleaved", Layout(tp=2, pp=2, **INTERLEAVED, **two), replace(DEEP, steps=20)),
             Cell("tp2-dp2-zero1", Layout(tp=2, dp_shard=2, zero=1, **two), replace(UNTIED, steps=20)),
+            Cell("tp2-cp2", Layout(tp=2, cp=2, **two), replace(SMALL, steps=20)),
+            Cell("cp2-dp2-zero1", Layout(dp_shard=2, cp=2, zero=1, **two), replace(SMALL, steps=20)),
             Cell("pp2-dp2-zero1", Layout(pp=2, dp_shard=2, zero=1, **two), replace(SMALL, steps=20)),
             Cell("pp2-dp2-half-recomputed", Layout(pp=2, dp_shard=2, recompute="0.5", **two), replace(DEEP, steps=20)),
         ]
@@ -202,7 +206,7 @@ class Bidirectional(CausalLM):
 
 
 def test_evaluation_and_logprobs_are_the_native_ones_in_both_directions_at_any_length() -> None:
-    layouts = [Layout(), Layout(tp=2), Layout(pp=2), Layout(pp=2, micro_batches=2, **INTERLEAVED)]
+    layouts = [Layout(), Layout(tp=2), Layout(cp=2), Layout(pp=2), Layout(pp=2, micro_batches=2, **INTERLEAVED)]
     [[native]] = run_ranks(1, answers, Native(), layouts[:1])
     for rank in run_ranks(2, answers, Megatron(cpu=True), layouts[1:], timeout_s=250):
         for loss, bidirectional, logprobs_BL in rank:
@@ -285,7 +289,6 @@ def test_fused_projections_hold_each_canonical_element_once(name: str) -> None:
 @pytest.mark.parametrize(
     ("layout", "key", "text"),
     [
-        (Layout(cp=2), "parallel.cp", "TransformerEngine"),
         (Layout(dp_shard=2, ep=2), "parallel.ep", "dense decoders only"),
         (Layout(dp_shard=2, zero=2), "parallel.zero", "distributed optimizer"),
         (Layout(dp_replicate=2, dp_shard=2, zero=1), "parallel.dp_replicate", "dp_shard=4"),
@@ -293,7 +296,6 @@ def test_fused_projections_hold_each_canonical_element_once(name: str) -> None:
         (Layout(pp=2, virtual_stages=2, micro_batches=2), "parallel.schedule", "interleaved_1f1b only"),
         (Layout(pp=2, micro_batches=3, **INTERLEAVED), "parallel.micro_batches", "2 or 4"),
         (Layout(offload="optimizer"), "parallel.offload", "offloads nothing"),
-        (Layout(cp=2, ring=True), "parallel.ring", "engine=native"),
         (Layout(tp=2, async_tp=True), "parallel.async_tp", "engine=native"),
     ],
 )

@@ -39,6 +39,7 @@ from parallel.engines.megatron_model import (
 )
 from parallel.engines.megatron_stage import Stage
 from parallel.engines.native import EngineError
+from parallel.gather import Gathered
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.precision import compute_dtype
@@ -461,34 +462,16 @@ class MegatronEngine:
                     step.copy_(self._canonical[f"optimizer.{one.pieces[0].name}.step"])
             self.masters.publish()
 
-    @torch.no_grad()
+    def tensors(self, ema: bool = False) -> dict[str, Tensor]:
+        """Canonical weights of this rank's stage, put together from Megatron's buffers; see `Engine.tensors`."""
+        with self.here():
+            return dict(self.masters.assembled(self._average().tensors if ema else self.masters.flat))
+
     def weights(self, ema: bool = False) -> dict[str, Tensor]:
         """Full fp32 weights on the CPU of rank 0. The others help to gather, one tensor at a time, and keep nothing."""
-        with self.here():
-            assembled = self.masters.assembled(self._average().tensors if ema else self.masters.flat)
-            full = {}
-            for name, shape, owner in self._owners():
-                whole = assembled[name].full_tensor() if name in assembled else None
-                if self.rank == 0:
-                    if owner:
-                        whole = torch.empty(shape, device=self.device)
-                        dist.recv(whole, owner)
-                    assert whole is not None
-                    full[name] = whole.to("cpu", torch.float32, copy=True)
-                elif self.rank == owner:
-                    assert whole is not None
-                    dist.send(whole, 0)
-        return full
-
-    def _owners(self) -> list[tuple[str, torch.Size, int]]:
-        """Each canonical parameter of the model, its shape, and the first rank that holds (a part of) it."""
-        held: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(held, dict(self.masters.shapes))
-        owners: dict[str, tuple[str, torch.Size, int]] = {}
-        for rank, shapes in enumerate(held):
-            for name, shape in shapes.items():
-                owners.setdefault(name, (name, shape, rank))
-        return list(owners.values())
+        gathered = Gathered(self.tensors(ema))
+        found = {name: gathered.whole(name) for name in gathered.meta}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def _lengthened(micro_batch: Any, length: int) -> Any:

@@ -91,20 +91,26 @@ def test_two_ranks_train_the_run_of_one_native_process() -> None:
     assert not red(
         [
             Cell("tp2-untied-ema", Layout(tp=2, **two), UNTIED),
-            Cell("tp2-biased-recomputed", Layout(tp=2, recompute="selective", **two), BIASED),
-            Cell("tp2-bf16", Layout(tp=2, **two), replace(SMALL, precision="bf16"), gate=BF16),
-            Cell("pp2-recomputed", Layout(pp=2, recompute="full", micro_batches=4), SMALL),
             Cell("pp2-interleaved-uneven", Layout(pp=2, **INTERLEAVED, **two), DEEP),
             Cell("cp2", Layout(cp=2, **two), SMALL),
-            Cell("cp2-ring", Layout(cp=2, ring=True), SMALL),
-            Cell("dp2", Layout(dp_shard=2, **two), SMALL),
-            Cell("dp2-distributed-optimizer-ema", Layout(dp_shard=2, zero=1, **two), UNTIED),
-            Cell(
-                "dp2-distributed-optimizer-bf16",
-                Layout(dp_shard=2, zero=1),
-                replace(SMALL, precision="bf16"),
-                gate=BF16,
-            ),
+            Cell("distributed-optimizer-ema", Layout(dp_shard=2, zero=1, **two), UNTIED),
+        ]
+    )
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_run_of_one_native_process_over_20_steps() -> None:
+    two = {"micro_batches": 2}
+    half = replace(SMALL, precision="bf16", steps=20)
+    steps = replace(SMALL, steps=20)
+    assert not red(
+        [
+            Cell("tp2-biased-recomputed", Layout(tp=2, recompute="selective", **two), replace(BIASED, steps=20)),
+            Cell("tp2-bf16", Layout(tp=2, **two), half, gate=BF16),
+            Cell("pp2-recomputed", Layout(pp=2, recompute="full", micro_batches=4), steps),
+            Cell("cp2-ring", Layout(cp=2, ring=True), steps),
+            Cell("dp2", Layout(dp_shard=2, **two), steps),
+            Cell("distributed-optimizer-bf16", Layout(dp_shard=2, zero=1), half, gate=BF16),
         ]
     )
 

@@ -95,7 +95,8 @@ class Engine(Protocol):
 
         Args:
             micro_batches: this data-parallel rank's share of the global batch.
-            objective: anything with `causal: bool` and `loss(outputs, micro_batch) -> LossTerms`.
+            objective: anything with `causal: bool`, `loss(outputs, micro_batch) -> LossTerms` and, where the model has
+                experts, `sequence_weights(micro_batch) -> weights_B`, which add up to the loss's weight.
             learning_rate_factor: the schedule's value, multiplied into each parameter group's base rate.
         """
         ...

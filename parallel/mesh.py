@@ -26,7 +26,7 @@ class Mesh:
 
     Attributes:
         axes: (pp, dp_replicate, dp_shard, tp): where parameters live.
-        experts: (pp, ep_replicate, ep_shard, ep, tp): where those of experts live; None without expert parallelism.
+        of_experts: (pp, ep_replicate, ep_shard, ep, tp): where those of experts live; without ep, `axes`.
         pp_rank, dp_rank, cp_rank, tp_rank: this rank's place.
         counts: whether this rank's figures are counted: others of the same data say the same.
     """
@@ -40,11 +40,11 @@ class Mesh:
         if layout.cp > 1:
             sizes = {PIPELINE: layout.pp, "dp": layout.dp, CONTEXT: layout.cp, TENSOR: layout.tp}
             self._sequences = _mesh(device, **sizes)
-        self.experts: DeviceMesh | None = None
+        self.of_experts = self.axes
         if layout.ep > 1:
             replicas, shards = (data // layout.ep, 1) if layout.zero == 0 else (replicas, shards // layout.ep)
             sizes = {EXPERT_REPLICATE: replicas, EXPERT_SHARD: shards, EXPERT: layout.ep, TENSOR: layout.tp}
-            self.experts = _mesh(device, **{PIPELINE: layout.pp, **sizes})
+            self.of_experts = _mesh(device, **{PIPELINE: layout.pp, **sizes})
         rank = dist.get_rank()
         self.tp_rank = rank % layout.tp
         self.cp_rank = rank // layout.tp % layout.cp
@@ -63,6 +63,11 @@ class Mesh:
             if self.axes[axis].size() > 1:
                 dist.all_reduce(sums, group=self.axes[axis].get_group())
         return sums
+
+    @property
+    def experts(self) -> DeviceMesh | None:
+        """The axes over which gradients of experts are added up, where they are shared."""
+        return self.of_experts[EXPERT_REPLICATE, EXPERT_SHARD] if self.layout.ep > 1 else None
 
     @property
     def tensor(self) -> DeviceMesh:

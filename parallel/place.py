@@ -10,9 +10,11 @@ from torch.optim import Optimizer
 
 from parallel import context, linear
 from parallel.engine import Settings
+from parallel.expert import share_experts
 from parallel.layout import DEFERRING_SCHEDULES, Layout
 from parallel.mesh import PIPELINE, TENSOR, Mesh
 from parallel.pipeline import Part, Placed, cut, rank_of
+from parallel.plan import chosen
 from parallel.reduce import local_of
 from parallel.tensor import Tensors, overlap
 from parallel.whole import Whole
@@ -69,7 +71,8 @@ class Placement:
                 part.to(device)
             if layout.dp * layout.cp > 1:
                 blocks = [block for block in part.blocks if block is not None]  # type: ignore[union-attr]
-                placed[stage] = Sharded(part, blocks, mesh.data, layout.zero, compute)
+                experts = [m for _, m in chosen(part, part.plan.experts)] if layout.ep > 1 else []  # type: ignore[union-attr, arg-type]
+                placed[stage] = Sharded(part, blocks, mesh.data, layout.zero, compute, experts, mesh.experts)
             if on_meta:
                 assert initialise is not None
                 part.to_empty(device=device)
@@ -105,6 +108,8 @@ class Placement:
                 overlap(self.tensors[-1].group)
         if self.layout.cp > 1:
             context.install(part, self.mesh.context_group, self.layout.ring)
+        if self.layout.tp * self.layout.cp * self.layout.ep > 1:
+            share_experts(part, part.plan, self.layout, self.mesh)  # type: ignore[arg-type]
         if self.layout.schedule in DEFERRING_SCHEDULES:
             linear.install(part)
         if settings.compile:

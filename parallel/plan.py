@@ -24,7 +24,11 @@ class Plan:
         row: linear layers whose input features are shared.
         vocabulary: embeddings, and a head, whose rows are shared.
         gathered: modules whose output is needed for the whole sequence.
-        experts: modules of stacked experts, which expert-parallel ranks share.
+        experts: modules of stacked matrices, one per expert, whose names are among those of `column` and `row`: experts
+            are shared among expert-parallel ranks, their features among tensor-parallel ones. `forward(rows, counts)`
+            takes and returns rows sorted by expert.
+        routers: modules that attach losses to sequences: with `share`, the part of them that this rank attaches, and
+            `over_sequence`, which completes counts of whole sequences.
     """
 
     regions: tuple[str, ...] = ()
@@ -35,6 +39,7 @@ class Plan:
     vocabulary: tuple[str, ...] = ()
     gathered: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
+    routers: tuple[str, ...] = ()
 
 
 def chosen(model: nn.Module, patterns: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:

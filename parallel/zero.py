@@ -14,15 +14,13 @@ shards (HSDP) each step adds U all-reduces, whatever the stage.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-
-from parallel.mesh import REPLICATE, SHARD
 
 
 @dataclass(frozen=True)
@@ -55,24 +53,39 @@ class Sharded:
         mesh: axes (dp_replicate, dp_shard).
         zero: the stage.
         compute: dtype of forward and backward; parameters and reductions stay fp32.
+        experts: parts of blocks that live on another mesh; they make units of their own.
+        of_experts: that mesh: axes (ep_replicate, ep_shard).
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, zero: int, compute: torch.dtype
+        self,
+        model: nn.Module,
+        blocks: Iterable[nn.Module],
+        mesh: DeviceMesh,
+        zero: int,
+        compute: torch.dtype,
+        experts: Iterable[nn.Module] = (),
+        of_experts: DeviceMesh | None = None,
     ):
         self.model = model
         self.stage = STAGES[zero]
-        replicas = mesh[REPLICATE].size()
         policy = MixedPrecisionPolicy(
             param_dtype=None if compute == torch.float32 else compute,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # the model says what is computed in fp32
         )
-        axes = mesh if replicas > 1 else mesh[SHARD]
-        shared: dict[str, Any] = {"mesh": axes, "mp_policy": policy, "shard_placement_fn": _free_dim}
+
+        def shard(module: nn.Module, drop: bool, mesh: DeviceMesh) -> None:
+            axes = mesh if mesh.size(0) > 1 else mesh[mesh.mesh_dim_names[1]]  # type: ignore[index]
+            free = partial(_free_dim, ranks=mesh.size(1))
+            fully_shard(module, mesh=axes, mp_policy=policy, shard_placement_fn=free, reshard_after_forward=drop)
+
+        for module in experts:
+            assert of_experts is not None
+            shard(module, self.stage.drop_parameters, of_experts)
         for block in blocks:
-            fully_shard(block, reshard_after_forward=self.stage.drop_parameters, **shared)
-        fully_shard(model, reshard_after_forward=False, **shared)  # the backward starts with it
+            shard(block, self.stage.drop_parameters, mesh)
+        shard(model, False, mesh)  # the backward starts with it
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for unit in self.units:
             unit.set_gradient_divide_factor(1.0)  # sums, never means: the engine divides, once
@@ -118,9 +131,11 @@ class Sharded:
         self.release()
 
 
-def _free_dim(parameter: nn.Parameter) -> Shard | None:
-    """The first dim that is not shared among other ranks already; None is FSDP2's own choice, the first."""
-    if not isinstance(parameter, DTensor):
-        return None
-    taken = {placement.dim for placement in parameter.placements if isinstance(placement, Shard)}
-    return Shard(min(set(range(parameter.ndim)) - taken))
+def _free_dim(parameter: nn.Parameter, ranks: int) -> Shard:
+    """The first dim that is not shared among other ranks already, and that so many ranks can share evenly: FSDP2 cuts
+    only the first one unevenly. Of a stack of a few matrices, the last ranks would have none."""
+    placements = parameter.placements if isinstance(parameter, DTensor) else ()
+    taken = {placement.dim for placement in placements if isinstance(placement, Shard)}
+    free = [dim for dim in range(parameter.ndim) if dim not in taken]
+    even = [dim for dim in free if parameter.shape[dim] % ranks == 0 or (dim == 0 and parameter.ndim < 3)]
+    return Shard((even or free)[0])

@@ -32,6 +32,7 @@ from parallel.precision import compute_dtype
 from parallel.random import dropout_keys
 from parallel.reduce import Sums, means, squared_norm
 from parallel.spikes import Spikes
+from parallel.statistics import Statistics
 from parallel.view import View, view_of
 
 
@@ -128,7 +129,7 @@ class NativeEngine:
         self.compute = compute
         self.pipeline = Pipeline(self.parts, layout, mesh.axes["pp"].get_group(), world.device)
         self._metrics: dict[type, list[str]] = {}
-        self._keeping = [m for part in self.parts for m in part.model.modules() if hasattr(m, "statistics")]
+        self.statistics = Statistics([part.model for part in self.parts], mesh)
         self.spikes = Spikes(settings.skip_spikes, settings.spike_window, self.device)
         self.steps = torch.zeros((), dtype=torch.int64)  # on the CPU: reading it waits for nobody
         for group in optimizer.param_groups:
@@ -160,22 +161,7 @@ class NativeEngine:
         if self.ema:
             self.ema.update(skipped)
         self.steps += 1
-        return StepResult(loss, totals["weight"], norm, skipped, metrics | self._settle(1 - skipped))
-
-    def _settle(self, taken: Tensor) -> dict[str, Tensor]:
-        """Tell modules that keep statistics of a step what all ranks have seen; the mean of what they make of it."""
-        if not self._keeping:
-            return {}
-        counted = [module.statistics() for module in self._keeping]  # type: ignore[operator]
-        totals = self.mesh.over_data(torch.cat(counted)).split([len(own) for own in counted])
-        pairs = zip(self._keeping, totals, strict=True)
-        said = [module.settle(total, taken) for module, total in pairs]  # type: ignore[operator]
-        sums = [torch.stack([metrics[name].double() for metrics in said]).sum() for name in said[0]]
-        sums.append(torch.tensor(float(len(said)), dtype=torch.float64, device=self.device))
-        figures = torch.stack(sums)
-        if self.layout.pp > 1:
-            dist.all_reduce(figures, group=self.pipeline.group)
-        return dict(zip(said[0], (figures[:-1] / figures[-1]).float().unbind(), strict=True))
+        return StepResult(loss, totals["weight"], norm, skipped, metrics | self.statistics.settle(1 - skipped))
 
     def _pass(self, micro_batches: Sequence[Any], objective: Any, training: bool) -> Sums:
         """Forward, and backward where training; the sums of what this rank answers for."""

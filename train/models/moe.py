@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.errors import Problem
+from parallel.linear import here
 from train.models.feed_forward import FeedForward
 
 if TYPE_CHECKING:
@@ -248,14 +249,15 @@ class Experts(nn.Module):
             rows_RN: sorted by expert.
             counts_E: rows of each expert, int64.
         """
-        gated_RF = F.silu(grouped_product(rows_RN, self.gate_proj, counts_E))
-        return grouped_product(gated_RF * grouped_product(rows_RN, self.up_proj, counts_E), self.down_proj, counts_E)
+        gated_RF = F.silu(grouped_product(rows_RN, here(self.gate_proj), counts_E))
+        up_RF = grouped_product(rows_RN, here(self.up_proj), counts_E)
+        return grouped_product(gated_RF * up_RF, here(self.down_proj), counts_E)
 
 
 def grouped_product(rows_RI: Tensor, weights_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """rows_RO: each group of rows times the transpose of its own matrix. On CUDA in bf16 it is one kernel, which reads
     the counts on the device; elsewhere one product per group, an empty one too: every matrix has a gradient."""
-    if rows_RI.is_cuda and rows_RI.dtype == torch.bfloat16:
+    if rows_RI.is_cuda and rows_RI.dtype == torch.bfloat16 and rows_RI.shape[0] > 0:
         ends_E = counts_E.cumsum(0, dtype=torch.int32)
         return F.grouped_mm(rows_RI, weights_EOI.transpose(1, 2), offs=ends_E)
     groups = zip(rows_RI.split(counts_E.tolist()), weights_EOI.unbind(), strict=True)

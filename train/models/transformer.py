@@ -270,6 +270,8 @@ class Decoder(nn.Module):
             row=("*.o_proj", "*.down_proj"),
             vocabulary=("model.embed_tokens", "lm_head"),
             gathered=("model.norm",),
+            experts=("model.layers.*.mlp.experts",),
+            routers=("model.layers.*.mlp.gate",),
         )
 
     def part(self, layers: range, *, reads_tokens: bool, answers: bool) -> "Decoder":

@@ -77,6 +77,10 @@ PREFERRED = Training(objective=DPO())
 EXPERTS = Training(model=replace(MODEL, moe=MoE(experts=8, active=2, intermediate=48, balance_loss=0.1)))
 SHARED = MoE(experts=6, active=2, intermediate=48, shared=64, first=1, scoring="sigmoid", selection_bias=True)
 BALANCED = Training(model=replace(MODEL, moe=SHARED))
+GATED = MoE(experts=4, active=2, intermediate=64, shared=32, shared_gate=True, normalise=False, every=2, z_loss=0.01)
+QWEN = Training(model=replace(MODEL, moe=GATED))
+ALL_ACTIVE = Training(precision="bf16", model=replace(MODEL, moe=replace(GATED, active=4)))
+"""What rounding to 8 bits would send to another expert, it sends to all of them."""
 
 TABLE: dict[str, list[tuple[Any, ...]]] = {
     "accumulation": [
@@ -160,6 +164,28 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("moe-bias-tp2", "dp2.tp2.mb2", BALANCED),
         ("moe-pp2", "pp2.mb4", EXPERTS),
         ("moe-dpo", "dp2.zero1.mb2", replace(EXPERTS, objective=DPO())),
+        ("moe-cp2", "cp2.mb2", EXPERTS),
+        ("ep2-zero0", "dp2.ep2.mb2", EXPERTS),
+        ("ep2-zero1", "dp2.ep2.zero1.mb2", QWEN),
+        ("ep2-zero2", "dp2.ep2.zero2.mb2", EXPERTS),
+        ("ep2-zero3", "dp2.ep2.zero3.mb2", QWEN),
+        ("ep2-dp4", "dp4.ep2.zero3.mb2", EXPERTS),
+        ("ep4-dp4", "dp4.ep4.zero1.mb2", QWEN),
+        ("ep2-hsdp", "dp_replicate2.dp2.ep2.zero2.mb2", EXPERTS),
+        ("ep2-tp2", "dp2.ep2.tp2.zero3.mb2", QWEN),
+        ("ep2-cp2", "cp2.ep2.zero3.mb2", QWEN),
+        ("ep4-dp2-cp2", "dp2.cp2.ep4.zero1.mb2", EXPERTS),
+        ("ep2-pp2", "pp2.dp2.ep2.zero1.mb2", EXPERTS),
+        ("ep2-pp2-zbv", "pp2.dp2.ep2.zbv.zero2.mb4", QWEN),
+        ("ep2-dpo", "dp2.ep2.zero1.mb2", replace(QWEN, objective=DPO())),
+        ("ep2-muon", "dp2.ep2.zero2.mb2", replace(EXPERTS, optim=MUON)),
+        ("ep2-bf16", "dp2.ep2.zero2.mb2", ALL_ACTIVE),
+        ("ep2-bias", "dp2.ep2.zero3.mb2", BALANCED),
+        ("ep2-bias-tp2", "dp2.ep2.tp2.zero2.mb2", BALANCED),
+        ("ep2-bias-pp2", "pp2.dp2.ep2.mb2", BALANCED),
+        ("ep2-pp2-tp2", "pp2.dp2.ep2.tp2.zero1.mb2", BALANCED),
+        ("resume-ep2-tp2-then-alone", "dp2.ep2.tp2.zero3.mb2 > alone", BALANCED),
+        ("resume-alone-then-ep2-pp2", "alone > pp2.dp2.ep2.zero1.mb2", BALANCED),
     ],
     "context parallel": [
         ("cp2", "cp2.mb2"),

@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.collectives import all_gather, reduce_scatter
+
 QUERIES = 512
 """Queries of a tile of the ring: bounds the scores that exist at a time."""
 
@@ -83,7 +85,7 @@ class _GatherSummed(torch.autograd.Function):
         summed_BS = grad_BS.float() if grad_BS.device.type == "cpu" and grad_BS.element_size() == 2 else grad_BS
         grad_RBl = torch.cat([take(summed_BS, ranks, rank) for rank in range(ranks)])  # gloo adds up no 16-bit numbers
         grad_Bl = grad_RBl.new_empty(grad_BS.shape[0], *grad_RBl.shape[1:])
-        dist.reduce_scatter_tensor(grad_Bl, grad_RBl, group=ctx.group)
+        reduce_scatter(grad_Bl, grad_RBl, group=ctx.group)
         return grad_Bl.to(grad_BS.dtype), None
 
 
@@ -101,7 +103,7 @@ class _GatherOwn(torch.autograd.Function):
 def _gathered(values_Bl: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The ranks' tokens in the order of the sequence."""
     values_RBl = values_Bl.new_empty(group.size(), *values_Bl.shape)
-    dist.all_gather_into_tensor(values_RBl.flatten(0, 1), values_Bl.contiguous(), group=group)
+    all_gather(values_RBl.flatten(0, 1), values_Bl.contiguous(), group=group)
     early, late = values_RBl.chunk(2, dim=2)
     return torch.cat([*early, *late.flip(0)], dim=1)
 

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from conf.errors import LongrunError, Problem
 from conf.registry import register
+from parallel import determinism
 from parallel.distributed import World
 from parallel.ema import Average
 from parallel.engine import LossTerms, Outputs, Settings, StepResult
@@ -104,8 +105,7 @@ class DeepSpeed:
                 f"mixture-of-experts models keep statistics of the step: use engine=native ({NATIVE})."
             )
         if settings.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+            determinism.enforce()
         if any(p.is_meta for p in model.parameters()):
             if initialise is None:
                 raise DeepSpeedError("the model is on the meta device: pass initialise=, which fills its parameters.")

@@ -9,7 +9,6 @@ Shape suffixes: B sequences, L tokens, l tokens of this context-parallel rank, V
 """
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from torch.optim import Optimizer
 
 from conf.errors import Problem
 from conf.registry import register
-from parallel import context
+from parallel import context, determinism
 from parallel.distributed import World
 from parallel.ema import Average
 from parallel.engine import Outputs, Settings, StepResult
@@ -127,8 +126,7 @@ class Megatron:
         if problems:
             raise EngineError("engine=megatron cannot run this:\n  " + "\n  ".join(map(str, problems)))
         if settings.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+            determinism.enforce()
         compute = compute_dtype(settings.precision, world.device)
         here: Callable[[], AbstractContextManager[None]] = nullcontext
         if self.cpu:

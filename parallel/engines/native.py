@@ -6,7 +6,6 @@ the weight of the whole step, together with clipping, inside the optimizer's ker
 Shape suffixes: B sequences, L tokens, l tokens of this rank, N features.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch.optim import Optimizer
 
 from conf.errors import LongrunError
 from conf.registry import register
+from parallel import determinism
 from parallel.decode import Decoding
 from parallel.distributed import World
 from parallel.ema import Average
@@ -78,8 +78,7 @@ class Native:
             EngineError: the optimizer does not follow the protocol, or a model on the meta device has no `initialise`.
         """
         if settings.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+            determinism.enforce()
         if not isinstance(getattr(model, "blocks", None), nn.ModuleList):
             raise EngineError(f"{type(model).__name__} has no ModuleList `blocks`, the parts to shard one by one.")
         if initialise is None and any(p.is_meta for p in model.parameters()):

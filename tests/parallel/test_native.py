@@ -186,26 +186,10 @@ def test_no_clipping_leaves_large_gradients(world: distributed.World) -> None:
     assert moved[0] > 2 * moved[1]
 
 
-def bits(layout: Layout) -> list[Any]:
-    torch.manual_seed(distributed.place().rank)
-    engine = Native().build(
-        *(_initialised(), layout, ADAMW.build),
-        world=distributed.start(),
-        settings=Settings(ema=0.9, deterministic=True),
-    )
-    trajectory = train(engine, layout, SMALL, range(3))
-    return [trajectory.losses, {name: w.double().sum().item() for name, w in trajectory.weights.items()}]
-
-
 def _initialised() -> nn.Module:
     model = replace(MODEL, layers=1, dropout=0.1).build(VOCABULARY)
     initialise(model, 0)
     return model
-
-
-def test_the_same_layout_gives_the_same_bits() -> None:
-    layout = Layout(dp_shard=2, zero=2, micro_batches=2)
-    assert run_ranks(2, bits, layout) == run_ranks(2, bits, layout)
 
 
 def test_a_compiled_block_is_asked_for_by_the_switch(world: distributed.World, monkeypatch: pytest.MonkeyPatch) -> None:

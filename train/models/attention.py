@@ -204,5 +204,6 @@ def _varlen(q_BLHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, segments: Segments, 
         max_seqlen_q=segments.longest,
         max_seqlen_k=segments.longest,
         causal=causal,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return out.view_as(q_BLHD)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from conf.errors import OccupiedError, Problem
 from conf.registry import register
 from data_pipeline.artifact import finished, locked
-from parallel import distributed
+from parallel import determinism, distributed
 from parallel.engine import Settings
 from parallel.precision import PRECISIONS
 from train import checkpoint
@@ -124,6 +124,8 @@ class Training(Stage):
         """
         with ExitStack() as stack:
             signals = stack.enter_context(StopSignals())
+            if self.deterministic:
+                determinism.enforce()
             world = stack.enter_context(distributed.joined())
             check_agreement(resolved)
             directory = Path(config.run_dir)

@@ -9,14 +9,19 @@ from torch.distributed.fsdp import FSDPModule
 
 import parallel.context
 import parallel.engines.native
+import parallel.place
+import parallel.tensor
 import train.models.logprobs
 import train.optim.muon
 from parallel import linear
 from parallel.ema import Average
 from parallel.engine import LossTerms
 from parallel.engines.native import NativeEngine
+from parallel.expert import Exchange
+from parallel.mesh import Mesh
 from parallel.pipeline import Message, _Run
 from parallel.place import Placement
+from parallel.plan import chosen
 from parallel.reduce import Sums, local_of
 from parallel.tensor import Tensors, _Column, _Row
 from parallel.zero import Sharded
@@ -237,3 +242,26 @@ def weight_gradients_dropped() -> None:
         return x_N.new_zeros(grad_M.shape[-1], x_N.shape[-1]), None
 
     linear._Ticket.backward = staticmethod(nothing)  # type: ignore[assignment]
+
+
+def rows_out_of_order() -> None:
+    """Experts answer, and their answers come back to other tokens."""
+    call = Exchange.__call__
+    Exchange.__call__ = lambda self, *arguments: call(self, *arguments).flip(0)  # type: ignore[method-assign]
+
+
+def balance_counted_by_every_rank() -> None:
+    """Tensor-parallel ranks, which route the same tokens, each add the whole loss of the router."""
+    share = parallel.place.share_experts
+
+    def whole(model: Any, plan: Any, *rest: Any) -> None:
+        share(model, plan, *rest)
+        for _, router in chosen(model, plan.routers):
+            router.share = 1.0  # type: ignore[assignment]
+
+    parallel.place.share_experts = whole
+
+
+def biases_by_own_counts() -> None:
+    """Each rank moves the biases of the experts by the load that it has seen."""
+    Mesh.over_data = lambda self, totals: totals  # type: ignore[method-assign]

@@ -7,8 +7,10 @@ import pytest
 
 from tests.parallel import mutations as broken
 from tools.parity import MODEL, Cell, Training, compare
-from tools.parity.cells import AVERAGED, BIASED, DROPPED, MUONS, PLAIN, made
+from tools.parity.cells import AVERAGED, BALANCED, BIASED, DROPPED, EXPERTS, MUONS, PLAIN, made
 
+RESTLESS = replace(BALANCED, model=replace(BALANCED.model, moe=replace(BALANCED.model.moe, bias_rate=0.1)))
+"""Biases that move far enough within a few steps to send tokens elsewhere."""
 QUICK = [
     (broken.mean_of_means, "dp2.zero2.mb2", PLAIN),
     (broken.skipped_all_reduce, "dp2.mb2", PLAIN),
@@ -39,6 +41,9 @@ SLOW = [
     (broken.ring_stands_still, "cp2.ring", PLAIN),
     (broken.gradient_of_another_micro_batch, "pp2.mb4", PLAIN),
     (broken.tied_gradients_not_added, "pp2", PLAIN),
+    (broken.rows_out_of_order, "dp2.ep2", EXPERTS),
+    (broken.balance_counted_by_every_rank, "tp2", EXPERTS),
+    (broken.biases_by_own_counts, "dp2", RESTLESS),
 ]
 
 

@@ -24,6 +24,7 @@ IRRELEVANT = (
     "dry_run",
     "parallel",
     "engine.cpu",
+    "engine.transformer_engine",
     "logger",
     "eval",
     "export",

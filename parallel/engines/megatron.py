@@ -57,10 +57,12 @@ class Megatron:
 
     Args:
         cpu: run on CPUs, with stand-ins for the CUDA functions that Megatron calls: for tests and for a look.
+        transformer_engine: linear layers of the package transformer-engine instead of Megatron's own (CUDA).
         ema_debias: the average of the weights forgets the initial ones (as Adam's moments do); else it starts at them.
     """
 
     cpu: bool = False
+    transformer_engine: bool = False
     ema_debias: bool = True
 
     def problems(self, config: Any, world_size: int) -> list[Problem]:
@@ -91,6 +93,9 @@ class Megatron:
             found.append(Problem("engine.cpu", False, fix))
         if cuda and self.cpu:
             found.append(Problem("engine.cpu", True, "is for machines without a CUDA device; this one has one"))
+        if self.transformer_engine and (not cuda or importlib.util.find_spec("transformer_engine") is None):
+            fix = "needs a CUDA device and the package transformer-engine; use false"
+            found.append(Problem("engine.transformer_engine", True, fix))
         return found
 
     def build(
@@ -106,7 +111,7 @@ class Megatron:
         """Make Megatron's model with the configuration and the values of ours.
 
         Args:
-            model: a `Decoder`, or what has its `config`, `vocabulary` and parameter names. Emptied.
+            model: a `Decoder`, or what has its attributes and parameter names. Keeps this rank's parameters only.
             layout: sizes of the mesh axes.
             optimizer: given the model, makes its optimizer: one that treats each element by itself, and follows torch's
                 protocol for gradients that are scaled by the step, as AdamW(fused=True) does.
@@ -137,7 +142,7 @@ class Megatron:
             if layout.cp > 1:
                 context.install(model, mesh.context_group, layout.ring)
             sight = Sight(model)
-            modules = build_chunks(sight, vocabulary, layout, compute)
+            modules = build_chunks(sight, vocabulary, layout, compute, self.transformer_engine)
             stage = Stage(layout, modules, architecture, vocabulary, world.device)
             stage.place(model, initialise)
             made = optimizer(model)
@@ -476,9 +481,8 @@ def _lengthened(micro_batch: Any, length: int) -> Any:
     """A copy whose sequences end in padding: Megatron's stages pass on tensors of one size."""
     missing = length - micro_batch.tokens_BL.shape[1]
     fill = {"tokens_BL": 0, "positions_BL": 0, "documents_BL": PADDING, "labels_BL": IGNORED}
-    return replace(
-        micro_batch, **{key: F.pad(getattr(micro_batch, key), (0, missing), value=v) for key, v in fill.items()}
-    )
+    longer = {key: F.pad(getattr(micro_batch, key), (0, missing), value=value) for key, value in fill.items()}
+    return replace(micro_batch, **longer)
 
 
 def _squares(gradients: list[tuple[Tensor, int]]) -> Tensor:

@@ -122,7 +122,9 @@ class Sight:
         return torch.cat([angle_LB1E, angle_LB1E], dim=-1)
 
 
-def build_chunks(sight: Sight, vocabulary: int, layout: Layout, compute: torch.dtype) -> list[nn.Module]:
+def build_chunks(
+    sight: Sight, vocabulary: int, layout: Layout, compute: torch.dtype, transformer_engine: bool
+) -> list[nn.Module]:
     """This rank's GPTModels, uninitialised, one for each of its pipeline chunks.
 
     Args:
@@ -130,6 +132,7 @@ def build_chunks(sight: Sight, vocabulary: int, layout: Layout, compute: torch.d
         vocabulary: number of token ids; rows are added until tensor-parallel ranks have the same number.
         layout: sizes of the mesh axes.
         compute: dtype of parameters and activations.
+        transformer_engine: the blocks' linear layers are TransformerEngine's.
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -137,13 +140,14 @@ def build_chunks(sight: Sight, vocabulary: int, layout: Layout, compute: torch.d
 
     architecture = sight.architecture
     config = _transformer_config(architecture, layout, compute)
+    layer = _layer(sight, transformer_engine)
     chunks = []
     for number in range(layout.virtual_stages):
         vp_stage = number if layout.virtual_stages > 1 else None
         layers = get_num_layers_to_build(config, vp_stage)
         chunk = GPTModel(
             config,
-            TransformerBlockSubmodules(layer_specs=[_layer(sight)] * layers, layer_norm=Norm),
+            TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=Norm),
             vocab_size=-(-vocabulary // layout.tp) * layout.tp,
             max_sequence_length=architecture.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -217,10 +221,9 @@ def _recompute(recompute: str, layers: int) -> dict[str, Any]:
     return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": share}
 
 
-def _layer(sight: Sight) -> Any:
+def _layer(sight: Sight, transformer_engine: bool) -> Any:
     """What one block is made of."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.identity_op import IdentityOp
@@ -228,14 +231,21 @@ def _layer(sight: Sight) -> Any:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear as Column
+        from megatron.core.extensions.transformer_engine import TERowParallelLinear as Row
+    else:
+        from megatron.core.tensor_parallel.layers import ColumnParallelLinear as Column
+        from megatron.core.tensor_parallel.layers import RowParallelLinear as Row
     head_norm = Norm if sight.architecture.qk_norm else IdentityOp
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
+        linear_qkv=Column,
         core_attention=ModuleSpec(module=Attention, params={"sight": sight}),
-        linear_proj=RowParallelLinear,
+        linear_proj=Row,
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
+    feed_forward = MLPSubmodules(linear_fc1=Column, linear_fc2=Row)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -245,9 +255,7 @@ def _layer(sight: Sight) -> Any:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
+            mlp=ModuleSpec(module=MLP, submodules=feed_forward),
             mlp_bda=get_bias_dropout_add,
         ),
     )

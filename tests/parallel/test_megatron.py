@@ -341,6 +341,7 @@ def test_a_run_that_megatron_cannot_do_is_refused_with_all_reasons(monkeypatch: 
     refused = config_of(optim=MUON, settings={"precision": "fp8", "compile": True}, parallel=Layout(zero=2))
     assert keys(Megatron(cpu=True), refused) == ["parallel.zero", "optim", "stage.precision", "stage.compile"]
     assert keys(Megatron(), config_of()) == ["engine.cpu"]
+    assert keys(Megatron(cpu=True, transformer_engine=True), config_of()) == ["engine.transformer_engine"]
     assert keys(Megatron(), config_of(dry_run=True)) == []
     assert keys(Megatron(), config_of(stage=SimpleNamespace(), parallel=Layout(zero=3))) == []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -17,10 +17,11 @@ def losses(run_dir: Path, key: str) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_run_that_stopped_on_megatron_goes_on_with_the_native_engine_and_agrees(corpus, tmp_path):
+@pytest.mark.parametrize("axis", ["tp", "pp"])
+def test_a_run_that_stopped_on_megatron_goes_on_with_the_native_engine_and_agrees(corpus, tmp_path, axis):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     complete(corpus, whole, *LONG)
-    running = begin(corpus, parts, *LONG, *MEGATRON, "parallel.tp=2", ranks=2)
+    running = begin(corpus, parts, *LONG, *MEGATRON, f"parallel.{axis}=2", ranks=2)
     until(lambda: (parts / "checkpoints" / "step-00000004").exists(), running, timeout_s=200)
     running.signal(signal.SIGTERM)
     running.wait()

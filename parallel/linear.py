@@ -38,8 +38,8 @@ def here(parameter: Tensor) -> Tensor:
 
 
 def product(x_N: Tensor, weight_MN: Tensor) -> Tensor:
-    """x W^T."""
-    if _tickets is None or not torch.is_grad_enabled() or not weight_MN.requires_grad:
+    """x W^T. Nothing is deferred where nobody waits for the input's gradient."""
+    if _tickets is None or not (torch.is_grad_enabled() and weight_MN.requires_grad and x_N.requires_grad):
         return F.linear(x_N, weight_MN)
     held: list[Tensor] = []
     _tickets.append(_Ticket.apply(weight_MN, held))

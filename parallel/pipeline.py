@@ -15,7 +15,6 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -85,9 +84,14 @@ def cut(layers: int, stages: int) -> list[range]:
     return [range(start, end) for start, end in itertools.pairwise(starts)]
 
 
-@cache
-def actions(layout: Layout, micro_batches: int, group: dist.ProcessGroup | None) -> list[list[Action]]:
-    """What each pipeline rank does, in its order."""
+def actions(layout: Layout, micro_batches: int, group: dist.ProcessGroup) -> list[list[Action]]:
+    """What each rank of a pipeline does, in its order.
+
+    Args:
+        layout: schedule, ranks and stages.
+        micro_batches: that flow through.
+        group: the ranks of the pipeline.
+    """
     if layout.schedule in ("gpipe", "1f1b") or layout.pp == 1:
         return [_one_stage(layout, micro_batches, rank) for rank in range(layout.pp)]
     from torch.distributed import pipelining
@@ -99,7 +103,6 @@ def actions(layout: Layout, micro_batches: int, group: dist.ProcessGroup | None)
         "zbv": pipelining.ScheduleZBVZeroBubble,
         "dual_pipe_v": pipelining.ScheduleDualPipeV,
     }
-    assert group is not None
     count = layout.pp * layout.virtual_stages
     mine = [stage for stage in range(count) if rank_of(stage, layout) == group.rank()]
     placeholders = [
@@ -147,6 +150,7 @@ class Pipeline:
         self.rank = group.rank()
         self.stages = layout.pp * layout.virtual_stages
         self.directions = _directions(group, layout.pp)
+        self._orders: dict[int, list[list[Action]]] = {}
 
     @property
     def last(self) -> int:
@@ -163,7 +167,9 @@ class Pipeline:
             shape: `shape(micro-batch)`: of the hidden states between stages.
             dtype: theirs.
         """
-        run = _Run(self, actions(self.layout, number, self.group), shape, dtype)
+        if number not in self._orders:
+            self._orders[number] = actions(self.layout, number, self.group)
+        run = _Run(self, self._orders[number], shape, dtype)
         left = {stage: number for stage in self.parts}
         split = {stage: any(a.kind == "I" and a.stage == stage for a in run.order) for stage in self.parts}
         for action in run.order:
@@ -283,7 +289,8 @@ class _Run:
         return buffer
 
     def give(self, message: Message, value: Tensor) -> None:
-        """Send a message, without waiting."""
+        """Send a message, without waiting; what has arrived is let go."""
+        self._sending = [(sent, work) for sent, work in self._sending if not work.is_completed()]
         target = rank_of(message.stage, self.pipeline.layout)
         if target == self.pipeline.rank:
             self._here[message] = value

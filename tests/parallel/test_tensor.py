@@ -7,6 +7,7 @@ import torch
 
 from parallel import distributed
 from parallel.layout import Layout
+from parallel.reduce import local_of
 from parallel.tensor import rows_before
 from tests.ranks import run_ranks
 from tools.parity import MODEL, VOCABULARY, Training, batch_of, build
@@ -24,10 +25,7 @@ def test_rows_are_dealt_out_as_torch_chunks_them() -> None:
 def shapes(layout: Layout) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     engine = build(layout, Training(model=replace(MODEL, layers=1)), distributed.start())
     return {
-        name.removeprefix("model.model."): (
-            tuple(t.shape),
-            tuple(t.to_local().shape if hasattr(t, "to_local") else t.shape),
-        )
+        name.removeprefix("model.model."): (tuple(t.shape), tuple(local_of(t).shape))
         for name, t in engine.state().items()
         if name.startswith("model.")
     }

@@ -76,6 +76,7 @@ FINE_TUNED = Training(objective=SFT())
 PREFERRED = Training(objective=DPO())
 EXPERTS = Training(model=replace(MODEL, moe=MoE(experts=8, active=2, intermediate=48, balance_loss=0.1)))
 SHARED = MoE(experts=6, active=2, intermediate=48, shared=64, first=1, scoring="sigmoid", selection_bias=True)
+MUON_EXPERTS = replace(EXPERTS, optim=MUON)
 BALANCED = Training(model=replace(MODEL, moe=SHARED))
 GATED = MoE(experts=4, active=2, intermediate=64, shared=32, shared_gate=True, normalise=False, every=2, z_loss=0.01)
 QWEN = Training(model=replace(MODEL, moe=GATED))
@@ -178,7 +179,7 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("ep2-pp2", "pp2.dp2.ep2.zero1.mb2", EXPERTS),
         ("ep2-pp2-zbv", "pp2.dp2.ep2.zbv.zero2.mb4", QWEN),
         ("ep2-dpo", "dp2.ep2.zero1.mb2", replace(QWEN, objective=DPO())),
-        ("ep2-muon", "dp2.ep2.zero2.mb2", replace(EXPERTS, optim=MUON)),
+        ("ep2-muon", "dp2.ep2.zero2.mb2", MUON_EXPERTS),
         ("ep2-bf16", "dp2.ep2.zero2.mb2", ALL_ACTIVE),
         ("ep2-bias", "dp2.ep2.zero3.mb2", BALANCED),
         ("ep2-bias-tp2", "dp2.ep2.tp2.zero2.mb2", BALANCED),
@@ -216,6 +217,10 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("muon-tp2-zero3", "dp2.tp2.zero3.mb2", MUONS),
         ("muon-pp2-zero1", "pp2.dp2.zero1.mb2", MUONS),
         ("muon-pp2-tp2", "pp2.tp2.mb4", MUONS),
+        ("muon-cp2-zero3", "cp2.zero3.mb2", MUONS),
+        ("muon-moe-zero3", "dp2.zero3.mb2", MUON_EXPERTS),
+        ("muon-moe-ep2-dp4", "dp4.ep2.zero3.mb2", MUON_EXPERTS),
+        ("muon-moe-ep2-tp2", "dp2.ep2.tp2.zero3.mb2", MUON_EXPERTS),
     ],
     "8-bit Adam": [
         ("adam8bit-zero3", "dp2.zero3.mb2", EIGHT_BIT),

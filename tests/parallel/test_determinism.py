@@ -13,9 +13,11 @@ from parallel.engines.native import Native
 from tests.ranks import run_ranks
 from tools.parity.layouts import parse
 from tools.parity.training import MODEL, MUON, VOCABULARY, Training, train
+from train.models.moe import MoE
 from train.models.transformer import initialise
 
-TRAINING = Training(optim=MUON, model=replace(MODEL, layers=2, dropout=0.1), ema=0.9)
+EXPERTS = MoE(experts=4, active=2, intermediate=48, first=1)
+TRAINING = Training(optim=MUON, model=replace(MODEL, layers=2, dropout=0.1, moe=EXPERTS), ema=0.9)
 
 Bits = tuple[list[float], list[float], dict[str, Tensor]]
 
@@ -47,12 +49,14 @@ def check(ranks: int, words: list[str]) -> None:
 
 
 def test_two_runs_on_two_ranks_have_the_same_bits() -> None:
-    check(2, ["dp2.zero3.mb2", "tp2.mb2", "pp2.mb2", "cp2.mb2"])
+    check(2, ["dp2.zero3.mb2", "tp2.mb2", "pp2.mb2", "cp2.mb2", "dp2.ep2.zero3.mb2"])
 
 
 @pytest.mark.slow
 def test_two_runs_on_four_ranks_have_the_same_bits() -> None:
-    check(4, ["dp_replicate2.dp2.zero2.mb2", "dp2.tp2.zero3.mb2", "pp2.dp2.zero1.mb2", "cp2.tp2.mb2"])
+    check(
+        4, ["dp_replicate2.dp2.zero2.mb2", "dp2.tp2.zero3.mb2", "pp2.dp2.zero1.mb2", "cp2.tp2.mb2", "dp2.ep2.tp2.zero2"]
+    )
 
 
 def settings_of_a_process() -> tuple[dict[str, str], bool]:

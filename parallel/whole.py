@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from parallel.reduce import local_of
+
 
 class Whole:
     """A model whose forward and backward may have another dtype than its parameters.
@@ -50,7 +52,7 @@ class Whole:
     def changed(self) -> None:
         """To be called when parameters have changed: renews the copies."""
         if self.copies:
-            torch._foreach_copy_(list(self.copies.values()), list(self.copies))
+            torch._foreach_copy_([*map(local_of, self.copies.values())], [*map(local_of, self.copies)])
 
 
 def _adder_to(master: Tensor) -> Callable[[Tensor], None]:

@@ -35,6 +35,7 @@ from parallel.plan import Plan, chosen
 from parallel.precision import compute_dtype
 from parallel.random import dropout_keys
 from parallel.reduce import Sums, means
+from parallel.spikes import Spikes
 
 BUCKET = 50_000_000
 """Elements that are reduced or gathered at once."""
@@ -173,6 +174,8 @@ def _layout_problems(layout: Layout) -> list[tuple[str, object, str]]:
         found.append(("offload", layout.offload, "needs parallel.zero=1 or more"))
     elif layout.offload == "parameters" and layout.zero != 3:
         found.append(("offload", layout.offload, "needs parallel.zero=3; offload=optimizer does with 1 or 2"))
+    if layout.recompute != "none":
+        found.append(("recompute", layout.recompute, f"use none, {NATIVE}"))
     found += [(key, True, f"use false, {NATIVE}") for key in ("async_tp", "ring") if getattr(layout, key)]
     return found
 
@@ -276,6 +279,7 @@ class DeepSpeedEngine:
             }
         averaged = {str(number): flat for number, flat in enumerate(where.flats)}
         self.ema = Average(averaged, settings.ema, ema_debias) if settings.ema else None
+        self.spikes = Spikes(settings.skip_spikes, settings.spike_window, self.device)
         self._given: dict[str, Tensor] = {}
         self._totals: dict[str, Tensor] = {}
         self._norm = torch.full((), torch.inf, device=self.device)
@@ -311,7 +315,7 @@ class DeepSpeedEngine:
             weight = self._totals["weight"]
             loss, _metrics = means(self._totals)
             self._norm = (self.where.norm().to(self.device) * self.dp_size / weight).float()
-            self._skipped = 1 - (loss.isfinite() & self._norm.isfinite()).float()
+            self._skipped = self.spikes.judge(loss, self._norm)
             clip = self.settings.clip
             share = (clip / (self._norm + 1e-6)).clamp(max=1) if clip else torch.ones_like(self._norm)
             self._divisor = (weight / self.dp_size).float() / share
@@ -390,8 +394,8 @@ class DeepSpeedEngine:
             state[f"optimizer.{name}.step"] = self.optimizer.state[self.where.flats[fragment.flat]]["step"].clone()
         self._given = state
         if self.ema:
-            state = {**state, "engine.ema_updates": self.ema.updates}
-        return {**state, "engine.steps": self.steps}
+            state = state | {"engine.ema_updates": self.ema.updates}
+        return state | {"engine.steps": self.steps} | self.spikes.state()
 
     @torch.no_grad()
     def loaded(self) -> None:

@@ -265,6 +265,25 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("resume-pp2-tp2-zero1-then-zero3", "pp2.dp2.tp2.zero1.mb2 > dp2.zero3", EVERYTHING),
         ("resume-tp2-then-zbv", "tp2 > pp2.zbv", EVERYTHING),
     ],
+    "deepspeed": [
+        ("deepspeed-alone", "deepspeed:mb4"),
+        ("deepspeed-zero0", "deepspeed:dp2.mb2"),
+        ("deepspeed-zero1", "deepspeed:dp2.zero1.mb2"),
+        ("deepspeed-zero2", "deepspeed:dp2.zero2.mb2"),
+        ("deepspeed-zero3", "deepspeed:dp2.zero3.mb2"),
+        ("deepspeed-zero3-4-ranks", "deepspeed:dp4.zero3", DROPPED),
+        ("deepspeed-zero1-tp", "deepspeed:dp2.tp2.zero1.mb2"),
+        ("deepspeed-zero3-tp", "deepspeed:dp2.tp2.zero3", UNTIED),
+        ("deepspeed-offload-optimizer", "deepspeed:dp2.zero2.mb2.offload_optimizer"),
+        ("deepspeed-offload-parameters", "deepspeed:dp2.zero3.mb2.offload_parameters"),
+        ("deepspeed-bf16-zero1", "deepspeed:dp2.zero1.mb2", HALF),
+        ("deepspeed-bf16-zero2", "deepspeed:dp2.zero2.mb2", HALF),
+        ("deepspeed-bf16-zero3", "deepspeed:dp2.zero3.mb2", HALF),
+        ("deepspeed-dpo", "deepspeed:dp2.zero2.mb2", PREFERRED),
+        ("deepspeed-from-native", "dp2.zero3.mb2 > deepspeed:dp4.zero2", AVERAGED),
+        ("deepspeed-to-native", "deepspeed:dp2.zero3.mb2 > dp_replicate2.dp2.zero1", AVERAGED),
+        ("deepspeed-tp-to-native", "deepspeed:dp2.tp2.zero2.mb2 > alone", AVERAGED),
+    ],
 }
 """Family -> (name, layout, training where it is not the plain one). `a > b` trains the first half of the steps on `a`
 and goes on from its checkpoint on `b`; `engine:layout` runs on another engine than the native one."""

@@ -30,6 +30,7 @@ from parallel.distributed import World
 from parallel.ema import Average
 from parallel.engine import LossTerms, Outputs, Settings, StepResult
 from parallel.engines.deepspeed_partitions import Partitions, Placed, placed
+from parallel.gather import Gathered
 from parallel.layout import Layout
 from parallel.plan import Plan, chosen
 from parallel.precision import compute_dtype
@@ -69,6 +70,8 @@ class DeepSpeed:
         kv_heads = getattr(config.model, "kv_heads", 0)
         if not config.init_from and kv_heads % config.parallel.tp:
             found.append(Problem("parallel.tp", config.parallel.tp, _heads(kv_heads, config.parallel.tp)))
+        if not config.init_from and getattr(config.model, "moe", None) and config.model.moe.experts:
+            found.append(Problem("model.moe.experts", config.model.moe.experts, _NO_EXPERTS))
         if config.stage.compile and config.parallel.zero == 3:
             fix = f"ZeRO-3's hooks break compiled blocks: use false, parallel.zero=2, {NATIVE}"
             found.append(Problem("stage.compile", True, fix))
@@ -102,9 +105,7 @@ class DeepSpeed:
         if compute == torch.bfloat16 and layout.zero == 0:
             raise DeepSpeedError(f"precision={settings.precision}: {_NO_BF16}.")
         if any(hasattr(module, "settle") for module in model.modules()):
-            raise DeepSpeedError(
-                f"mixture-of-experts models keep statistics of the step: use engine=native ({NATIVE})."
-            )
+            raise DeepSpeedError(f"a mixture of experts: {_NO_EXPERTS}.")
         if settings.deterministic:
             determinism.enforce()
         if any(p.is_meta for p in model.parameters()):
@@ -134,6 +135,7 @@ class DeepSpeed:
 
 
 _MISSING = "the package is not installed: pip install 'longrun[deepspeed]'"
+_NO_EXPERTS = f"experts keep count of the step, which engine=deepspeed does not: use 0, {NATIVE}"
 _NO_BF16 = f"DeepSpeed's bf16 without ZeRO drifts: use fp32, parallel.zero=1 or more, {NATIVE}"
 
 
@@ -266,7 +268,6 @@ class DeepSpeedEngine:
         self.where = where
         self.partitions: Partitions = where.partitions
         self.settings = settings
-        self.rank = world.rank
         self.counts = world.rank % layout.tp == 0  # tensor-parallel ranks have the same data
         self.steps = torch.zeros((), dtype=torch.int64)
         for group in optimizer.param_groups:
@@ -410,12 +411,13 @@ class DeepSpeedEngine:
         self.where.changed()
 
     @torch.no_grad()
+    def tensors(self, ema: bool = False) -> dict[str, Tensor]:
+        """This rank's rows of the fp32 weights: copies, but with ZeRO 0 live; see `Engine.tensors`."""
+        flats = list(self._average().tensors.values()) if ema else self.where.flats
+        return {name: self.partitions.tensor(name, flats) for name in self.partitions.fragments}
+
     def weights(self, ema: bool = False) -> dict[str, Tensor]:
         """Full fp32 weights on the CPU of rank 0. The others help to gather, one tensor at a time, and keep nothing."""
-        flats = list(self._average().tensors.values()) if ema else self.where.flats
-        full = {}
-        for name in self.partitions.fragments:
-            whole = self.partitions.gathered(name, flats)
-            if self.rank == 0:
-                full[name] = whole.to("cpu", torch.float32, copy=True)
-        return full
+        gathered = Gathered(self.tensors(ema))
+        found = {name: gathered.whole(name) for name in gathered.meta}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}

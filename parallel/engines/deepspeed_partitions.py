@@ -83,12 +83,6 @@ class Partitions:
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local, self.mesh, (tensor, data), run_check=False, shape=shape, stride=stride)
 
-    def gathered(self, name: str, flats: Sequence[Tensor]) -> Tensor:
-        """The whole parameter, on every rank."""
-        full = self.whole(name, flats)
-        tensor, _ = self._over_tensor_ranks(self.fragments[name])
-        return DTensor.from_local(full, self.mesh, (tensor, Replicate()), run_check=False).full_tensor()
-
     def put(self, name: str, tensor: Tensor, flats: Sequence[Tensor]) -> None:
         """Overwrite what this rank holds of a parameter.
 

@@ -24,6 +24,7 @@ from tests.train.runs import begin, complete, until
 from tools.parity import ADAMW, MODEL, MUON, VOCABULARY, Training, batch_of, shares
 from train.checkpoint import steps
 from train.metrics.jsonl import read
+from train.models.moe import MoE
 from train.models.transformer import initialise
 from train.objectives.clm import CausalLM
 from train.stages.base import STOPPED_EARLY
@@ -219,9 +220,9 @@ def test_a_run_stopped_on_one_engine_goes_on_with_the_other(tmp_path: Path) -> N
 
 def config(layout: Layout, **values: Any) -> Any:
     """As much of a run's configuration as the engine looks at."""
-    values = {"compile": False, "precision": "fp32", "optim": ADAMW} | values
+    values = {"compile": False, "precision": "fp32", "optim": ADAMW, "model": MODEL} | values
     stage = SimpleNamespace(compile=values["compile"], precision=values["precision"])
-    rest = {"model": MODEL, "optim": values["optim"], "init_from": "", "dry_run": False}
+    rest = {"model": values["model"], "optim": values["optim"], "init_from": "", "dry_run": False}
     return SimpleNamespace(parallel=layout, stage=stage, **rest)
 
 
@@ -239,6 +240,7 @@ def config(layout: Layout, **values: Any) -> Any:
         (Layout(async_tp=True), {}, "parallel.async_tp", "use false"),
         (Layout(ring=True), {}, "parallel.ring", "use false"),
         (Layout(tp=4), {}, "parallel.tp", "of which there are 2: use tp in [1, 2]"),
+        (Layout(), {"model": replace(MODEL, moe=MoE(experts=4))}, "model.moe.experts", "use 0"),
         (Layout(), {"optim": MUON}, "optim", "optim=adamw only"),
         (Layout(zero=3), {"compile": True}, "stage.compile", "parallel.zero=2"),
         (Layout(), {"precision": "bf16"}, "stage.precision", "without ZeRO drifts"),

@@ -6,6 +6,7 @@ a head.
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,9 @@ class Sent(TorchDispatchMode):
 class Layer(nn.Module):
     """The seams of a decoder."""
 
+    attend: Callable[..., Tensor]
+    visibility: Callable[..., Any]
+
     def __init__(self) -> None:
         super().__init__()
         self.attend, self.visibility = attention, visibility
@@ -83,9 +87,9 @@ class Layer(nn.Module):
 def _measure(bench: ContextBench, ring: bool | None) -> dict[str, float]:
     """On each rank; `ring` is None in one process."""
     world = distributed.start()
-    layer = Layer()
-    if ring is not None:
-        install(layer, dist.group.WORLD, ring)
+    layer, group = Layer(), dist.group.WORLD
+    if ring is not None and group is not None:
+        install(layer, group, ring)
     generator = torch.Generator().manual_seed(0)
     tensors: list[Tensor] = []
     for heads in (bench.heads, bench.kv_heads, bench.kv_heads):

@@ -28,7 +28,8 @@ class Start:
 
     Args:
         tokenizer: the corpus's where it has one, else that of `init_from`.
-        architecture: that of `init_from` (with the dropout and attention kernel of `model`), else `model`.
+        architecture: that of `init_from` (with the dropout, attention kernel and balance of experts of `model`), else
+            `model`.
         vocabulary: rows of the embedding: the tokenizer's ids, and any surplus that `init_from` has.
         weights: directory of the initial weights; None for random ones.
         inputs: the artifacts this run reads, by name.
@@ -74,8 +75,12 @@ class Start:
         weights = inputs["model"].id if "model" in inputs else fingerprint_of(directory)
         fingerprints |= {"tokenizer": tokenizer.fingerprint, "model": weights}
         # What only concerns training is this run's own choice.
+        architecture = hf.read_config(directory)
         architecture = replace(
-            hf.read_config(directory), dropout=config.model.dropout, attention=config.model.attention
+            architecture,
+            dropout=config.model.dropout,
+            attention=config.model.attention,
+            moe=architecture.moe.trained_as(config.model.moe),
         )
         if problems := config.parallel.model_problems(architecture.sizes):
             raise ConfigError(problems)

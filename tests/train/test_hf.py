@@ -57,9 +57,11 @@ def changed(directory: Path, **keys: object) -> None:
         replace(CONFIG, mlp_bias=True, rope=Rope(scaling="linear", factor=2.0)),
         replace(CONFIG, rope=Rope(500000.0, "llama3", 8.0, 1.0, 4.0, 64)),
         replace(CONFIG, intermediate=8, moe=EXPERTS),
+        replace(CONFIG, qkv_bias=True, moe=replace(EXPERTS, shared=20, shared_gate=True, normalise=False)),
+        replace(CONFIG, qk_norm=True, moe=replace(EXPERTS, every=2)),
         replace(CONFIG, qk_norm=True, moe=replace(EXPERTS, scoring="sigmoid", selection_bias=True, shared=8, first=1)),
     ],
-    ids=["llama", "qwen2", "qwen3", "linear", "llama3", "mixtral", "dots1"],
+    ids=["llama", "qwen2", "qwen3", "linear", "llama3", "mixtral", "qwen2_moe", "qwen3_moe", "dots1"],
 )
 def test_what_is_written_is_read_again(tmp_path, config, max_shard_bytes):
     weights = weights_of(config)
@@ -148,6 +150,7 @@ def test_a_directory_without_weights_is_refused(directory):
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.* is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),
+        ({"num_experts": 8}, "num_experts=8 is not supported, only 0"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "lacks low_freq_factor, high_freq_factor"),
         ({"num_hidden_layers": ..., "hidden_size": ...}, "(?s)hidden_size is missing.*num_hidden_layers is missing"),
@@ -157,6 +160,24 @@ def test_what_is_not_supported_is_refused_by_name(directory, keys, message):
     changed(directory, **keys)
     with pytest.raises(HuggingFaceError, match=message):
         hf.read_config(directory)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "message"),
+    [
+        ("mixtral", {"sliding_window": 4096}, "sliding_window=4096 is not supported, only null"),
+        ("mixtral", {"num_local_experts": ..., "num_experts_per_tok": ...}, "(?s)local_experts is.*per_tok is missing"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\] is not supported, only the first ones"),
+        ("qwen2_moe", {}, "shared_expert_intermediate_size is missing"),
+        ("dots1", {"n_routed_experts": 3, "n_shared_experts": 1, "n_group": 2}, "n_group=2 is not supported, only 1"),
+    ],
+)
+def test_what_is_not_supported_of_experts_is_refused_by_name(tmp_path, kind, keys, message):
+    config = replace(CONFIG, intermediate=8, moe=EXPERTS)
+    hf_weights.write(tmp_path, config, weights_of(config), Words())
+    changed(tmp_path, **{"model_type": kind, "num_experts": 3, "moe_intermediate_size": 8} | keys)
+    with pytest.raises(HuggingFaceError, match=message):
+        hf.read_config(tmp_path)
 
 
 def test_the_older_spelling_of_rope_is_understood(directory):
@@ -211,6 +232,9 @@ def test_weights_that_do_not_fit_are_not_written(tmp_path, directory):
 def test_features_that_no_architecture_has_together_are_refused(tmp_path):
     config = replace(CONFIG, qk_norm=True, mlp_bias=True)
     with pytest.raises(HuggingFaceError, match="No Hugging Face architecture has these together: qk_norm=True"):
+        hf_weights.write(tmp_path, config, weights_of(config), Words())
+    config = replace(CONFIG, qk_norm=True, moe=replace(EXPERTS, selection_bias=True))
+    with pytest.raises(HuggingFaceError, match=r"moe\.scoring=softmax.*moe\.selection_bias=True.*dots\.llm1 has qk_norm"):
         hf_weights.write(tmp_path, config, weights_of(config), Words())
     assert not list(tmp_path.iterdir())
 

@@ -235,7 +235,7 @@ def ask_transformers(directory: Path, asked: Questions, dtype: str, device: torc
 
 def _weights(reference: Reference, directory: Path) -> Check:
     stored = hf_weights.read(directory, hf.read_config(directory))
-    expected = {name: parameter.cpu() for name, parameter in reference.model.named_parameters()}
+    expected = {name: tensor.cpu() for name, tensor in reference.model.state_dict().items()}
     differing = [name for name in expected if name not in stored or not torch.equal(expected[name], stored[name])]
     return Check("stored weights", len(differing), 0, f"differing: {', '.join(differing[:4])}" if differing else "")
 

@@ -13,7 +13,7 @@ K experts of a token, R rows sent to experts (R = T K), I and O features before 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,6 +95,10 @@ class MoE:
         elif self.every >= 1 and not any(self.sparse(layer) for layer in range(layers)):
             found.append(Problem("model.moe.every", self.every, f"leaves none of {layers} layers with experts"))
         return found
+
+    def trained_as(self, other: "MoE") -> "MoE":
+        """These experts, balanced as others are."""
+        return replace(self, bias_rate=other.bias_rate, balance_loss=other.balance_loss, z_loss=other.z_loss)
 
     def sparse(self, layer: int) -> bool:
         """Whether a layer, numbered from 0, has experts."""

@@ -13,6 +13,8 @@ from parallel.engine import Settings
 from parallel.precision import PRECISIONS
 from train import checkpoint
 from train.checkpoint import CheckpointError
+from train.models import hf
+from train.models.hf import HuggingFaceError
 from train.monitor import DivergedError
 from train.rundir import check_agreement, check_same, check_unfinished, recipe, together, write_config
 from train.session import CHECKPOINTS, Session
@@ -104,6 +106,11 @@ class Training(Stage):
             found.append(Problem("stage.precision", self.precision, f"one of {', '.join(PRECISIONS)}"))
         if self.patience > 0 and self.validate_every == 0:
             found.append(Problem("stage.patience", self.patience, "needs validations: set stage.validate_every, or 0"))
+        if not config.init_from:
+            try:
+                hf.architecture(config.model)
+            except HuggingFaceError as error:
+                found.append(Problem("model", "decoder", f"cannot be written at the end of the run. {error}"))
         # The sizes of a model that is given are known once it is read: see `Start.of`.
         sizes = None if config.init_from else config.model.sizes
         return found + config.parallel.problems(world_size, self.global_batch, sizes, compile=self.compile)

@@ -234,7 +234,9 @@ def test_features_that_no_architecture_has_together_are_refused(tmp_path):
     with pytest.raises(HuggingFaceError, match="No Hugging Face architecture has these together: qk_norm=True"):
         hf_weights.write(tmp_path, config, weights_of(config), Words())
     config = replace(CONFIG, qk_norm=True, moe=replace(EXPERTS, selection_bias=True))
-    with pytest.raises(HuggingFaceError, match=r"moe\.scoring=softmax.*moe\.selection_bias=True.*dots\.llm1 has qk_norm"):
+    with pytest.raises(
+        HuggingFaceError, match=r"moe\.scoring=softmax.*moe\.selection_bias=True.*dots\.llm1 has qk_norm"
+    ):
         hf_weights.write(tmp_path, config, weights_of(config), Words())
     assert not list(tmp_path.iterdir())
 

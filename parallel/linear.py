@@ -32,6 +32,10 @@ def deferring() -> Iterator[list[Tensor]]:
         _tickets = before
 
 
+def is_deferring() -> bool:
+    return _tickets is not None
+
+
 def here(parameter: Tensor) -> Tensor:
     """This rank's part of a parameter; differentiable."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

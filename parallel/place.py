@@ -15,6 +15,7 @@ from parallel.layout import DEFERRING_SCHEDULES, Layout
 from parallel.mesh import PIPELINE, TENSOR, Mesh
 from parallel.pipeline import Part, Placed, cut, rank_of
 from parallel.plan import chosen
+from parallel.recompute import recompute
 from parallel.reduce import local_of
 from parallel.tensor import Tensors, overlap
 from parallel.whole import Whole
@@ -112,10 +113,11 @@ class Placement:
             share_experts(part, part.plan, self.layout, self.mesh)  # type: ignore[arg-type]
         if self.layout.schedule in DEFERRING_SCHEDULES:
             linear.install(part)
+        blocks = [block for block in part.blocks if block is not None]  # type: ignore[union-attr]
+        recompute(blocks, self.layout.recompute)
         if settings.compile:
-            for block in part.blocks:  # type: ignore[union-attr]
-                if block is not None:
-                    block.compile()
+            for block in blocks:
+                block.compile()
 
     def copies(self, name: str) -> int:
         """How many ranks of a stage hold the same piece of a parameter."""

@@ -257,6 +257,14 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("resume-megatron-zero1-then-zero2", "megatron:dp2.tp2.zero1.mb2 > dp2.zero2.mb2", AVERAGED),
         ("resume-megatron-pp2-then-megatron-zero1", "megatron:pp2.mb2 > megatron:dp2.zero1.mb2", AVERAGED),
     ],
+    "recomputation": [
+        ("recompute-full-zero3", "dp2.zero3.recompute_full.mb2", DROPPED),
+        ("recompute-selective-zero3", "dp2.zero3.recompute_selective.mb2", DROPPED),
+        ("recompute-half-zero2", "dp2.zero2.recompute_0.5.mb2", DROPPED),
+        ("recompute-selective-tp2", "tp2.recompute_selective.mb2", DROPPED),
+        ("recompute-full-pp2-zbv", "pp2.zbv.recompute_full.mb4", DROPPED),
+        ("recompute-full-bf16-zero3", "dp2.zero3.recompute_full.mb2", HALF),
+    ],
     "resumed elsewhere": [
         ("resume-zero3-then-alone", "dp2.zero3.mb2 > alone", EVERYTHING),
         ("resume-alone-then-zero2", "mb4 > dp2.zero2.mb2", EVERYTHING),

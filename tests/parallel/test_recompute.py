@@ -17,7 +17,7 @@ from parallel.recompute import recompute, recomputing, spread
 from tests.ranks import run_ranks
 from tools.parity.training import MODEL, Training, batch_of, build, train
 from train.models.moe import MoE
-from train.models.transformer import Decoder, initialise
+from train.models.transformer import Decoder, DecoderConfig, initialise
 
 WAYS = ("none", "full", "selective", "0.5")
 DROPPED = replace(MODEL, dropout=0.1)
@@ -42,18 +42,18 @@ class Held(TorchDispatchMode):
         return sum(size for storage, size in self.made.values() if not storage.expired())
 
 
-def decoder(how: str) -> Decoder:
-    model = DROPPED.build(97)
+def decoder(how: str, config: DecoderConfig = DROPPED) -> Decoder:
+    model = config.build(97)
     initialise(model, 0)
     recompute(list(model.blocks), how)
     return model.train()
 
 
-def logprobs(model: Decoder) -> Tensor:
+def logprobs(model: Decoder, **options: Any) -> Tensor:
     batch = batch_of(0)
     keys_B = torch.arange(batch.tokens_BL.shape[0])
     fields = (batch.tokens_BL, batch.positions_BL, batch.documents_BL, batch.labels_BL)
-    return model(*fields, dropout_keys_B=keys_B)
+    return model(*fields, dropout_keys_B=keys_B, **options)
 
 
 def held_bytes(how: str) -> int:
@@ -152,6 +152,17 @@ def test_a_block_can_tell_the_second_time_from_the_first() -> None:
         block(torch.ones(3))
     assert block.answers == [False, True, False]
     assert not recomputing()
+
+
+@pytest.mark.parametrize("how", WAYS[1:])
+def test_what_experts_count_is_counted_once(how: str) -> None:
+    seen = []
+    for way in ("none", how):
+        model = decoder(way, EXPERTS)
+        logprobs(model, sequence_weights_B=torch.ones(8)).sum().backward()
+        seen.append(torch.stack([block.mlp.gate.statistics() for block in model.blocks]))
+    assert seen[0].sum() > 0
+    assert torch.equal(*seen)
 
 
 @pytest.mark.parametrize(

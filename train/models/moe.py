@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from conf.errors import Problem
 from parallel.linear import here
+from parallel.recompute import recomputing
 from train.models.feed_forward import FeedForward
 
 if TYPE_CHECKING:
@@ -197,7 +198,8 @@ class Router(nn.Module):
         balance = (frequency_BE[:, None] * probability_BLE).sum(-1).mul(token_weights_BL).sum()
         squares = logits_BLE.logsumexp(-1).square().mul(token_weights_BL).sum()
         sums = torch.stack([balance.detach(), squares.detach(), token_weights_BL.sum()])
-        self.seen += torch.cat([here_BE.sum(0), sums])
+        if not recomputing():
+            self.seen += torch.cat([here_BE.sum(0), sums])
         return self.share * (self.config.balance_loss * balance + self.config.z_loss * squares)
 
     def statistics(self) -> Tensor:

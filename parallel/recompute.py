@@ -68,9 +68,11 @@ class _Recomputed:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.forward(*arguments, **options)
-        # A compiler repeats operators, not Python: nothing in its graph asks whether it is the second time.
-        contexts = self.inner if torch.compiler.is_compiling() else partial(_contexts, self.inner)
-        options |= {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
+        options |= {"use_reentrant": False, "preserve_rng_state": False}
+        if not torch.compiler.is_compiling():
+            options["context_fn"] = partial(_contexts, self.inner)
+        elif self.inner is _selective:  # a compiler repeats operators, not Python: its graph does not ask when it is
+            options["context_fn"] = _selective
         return checkpoint(self.forward, *arguments, **options)
 
 

@@ -195,7 +195,8 @@ def _tiles(length: int, ranks: int, rank: int, other: int, causal: bool) -> Iter
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b of matrices, in fp32 at least; what is added up is fp32 always."""
+    """a b of matrices, in fp32 at least; what is added up is fp32 always. Not to be written into: selective
+    recomputation keeps the products of the forward pass."""
     if a.is_cuda and a.element_size() == 2:
         return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
     return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
@@ -204,7 +205,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _scores(q_BKGqD: Tensor, k_BKcD: Tensor, hidden_Bqc: Tensor) -> Tensor:
     """scores_BKGqc: q k / sqrt(D), -inf where hidden."""
     scores_BKGqc = _product(q_BKGqD.flatten(2, 3), k_BKcD.mT).unflatten(2, q_BKGqD.shape[2:4])
-    return scores_BKGqc.mul_(q_BKGqD.shape[-1] ** -0.5).masked_fill_(hidden_Bqc[:, None, None], -torch.inf)
+    return (scores_BKGqc * q_BKGqD.shape[-1] ** -0.5).masked_fill_(hidden_Bqc[:, None, None], -torch.inf)
 
 
 def _finite(values: Tensor) -> Tensor:
@@ -253,7 +254,7 @@ class _RingAttention(torch.autograd.Function):
                 before_BKGq, out_BKGqD = logsumexp_BKGl[..., tile.queries], out_BKGlD[:, :, :, tile.queries]
                 both_BKGq = torch.logaddexp(before_BKGq, here_BKGq)
                 out_BKGqD.mul_((before_BKGq - _finite(both_BKGq)).exp()[..., None])
-                out_BKGqD.add_(found_BKGqD.mul_((here_BKGq - _finite(both_BKGq)).exp()[..., None]))
+                out_BKGqD.addcmul_(found_BKGqD, (here_BKGq - _finite(both_BKGq)).exp()[..., None])
                 before_BKGq.copy_(both_BKGq)
             if transfer is not None:
                 passing_2BKlD = _arrived(transfer)
@@ -287,7 +288,7 @@ class _RingAttention(torch.autograd.Function):
                 p_BKGqc = scores_BKGqc.sub_(logsumexp_BKGl[..., tile.queries, None]).exp_()
                 q_BKQD, grad_BKQD = q_BKGqD.flatten(2, 3), grad_BKGqD.flatten(2, 3)
                 dp_BKGqc = _product(grad_BKQD, v_BKcD.mT).view_as(p_BKGqc)
-                ds_BKGqc = dp_BKGqc.sub_(inner_BKGl[..., tile.queries, None]).mul_(p_BKGqc)
+                ds_BKGqc = (dp_BKGqc - inner_BKGl[..., tile.queries, None]).mul_(p_BKGqc)
                 ds_BKQc = ds_BKGqc.mul_(q_BKGqD.shape[-1] ** -0.5).to(q_BKGlD.dtype).flatten(2, 3)
                 dkv_2BKlD[0, :, :, tile.keys] += _product(ds_BKQc.mT, q_BKQD)
                 dkv_2BKlD[1, :, :, tile.keys] += _product(p_BKGqc.to(q_BKGlD.dtype).flatten(2, 3).mT, grad_BKQD)

@@ -206,6 +206,7 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("cp2-tp2-pp2", "cp2.tp2.pp2.mb2"),
         ("cp2-bf16", "cp2.mb2", HALF),
         ("cp2-ring-bf16", "cp2.ring.mb2", HALF),
+        ("cp2-ring-recompute-selective", "cp2.ring.recompute_selective.mb2"),
     ],
     "Muon": [
         ("muon-zero0", "dp2.mb2", MUONS),

@@ -30,16 +30,16 @@ class Sizes:
 
     Args:
         layers: blocks.
+        hidden: width of the residual stream, in features.
         heads: query heads.
         kv_heads: key/value heads.
-        intermediate: widths of the feed-forwards that tensor-parallel ranks share, in features.
         experts: routed experts of a layer; 0 is a dense model.
     """
 
     layers: int
+    hidden: int
     heads: int
     kv_heads: int
-    intermediate: tuple[int, ...]
     experts: int = 0
 
 
@@ -122,7 +122,7 @@ class Layout:
 
     def model_problems(self, model: Sizes) -> list[Problem]:
         """All reasons why this layout cannot divide a model."""
-        if min(model.layers, model.heads, model.kv_heads, *model.intermediate) < 1:
+        if min(model.layers, model.hidden, model.heads, model.kv_heads) < 1:
             return []  # the model says so itself
         found = []
         if reasons := _broken_rules(model, self.tp):
@@ -131,12 +131,16 @@ class Layout:
             found.append(Problem("parallel.tp", self.tp, fix))
         stages = self.pp * self.virtual_stages
         if stages > model.layers:
-            fix = f"makes {stages} stages, each of which needs one of the {model.layers} layers: " + (
-                f"use at most pp={model.layers}"
-                if self.virtual_stages == 1
-                else f"with virtual_stages={self.virtual_stages} use at most pp={model.layers // self.virtual_stages}"
-            )
+            fix = f"makes {stages} stages (pp x virtual_stages), each of which needs one of {model.layers} layers; use "
+            fix += f"at most {model.layers} stages"
             found.append(Problem("parallel.pp", self.pp, fix))
+        if not self._shares_features(model.hidden, self.dp_shard):
+            works = [n for n in range(1, model.hidden + 1) if self._shares_features(model.hidden, n)]
+            fix = (
+                "with tp or ep above 1 FSDP2 shares weights among dp_shard x cp ranks by their "
+                f"{model.hidden} features, evenly only; use {_or(_nearest(self.dp_shard, works, 3))}"
+            )
+            found.append(Problem("parallel.dp_shard", self.dp_shard, fix))
         if self.ep > 1 and model.experts == 0:
             found.append(Problem("parallel.ep", self.ep, "the model has no experts to share; use 1"))
         elif self.ep > 1 and model.experts % self.ep:
@@ -145,6 +149,13 @@ class Layout:
             )
             found.append(Problem("parallel.ep", self.ep, fix))
         return found
+
+    def _shares_features(self, hidden: int, dp_shard: int) -> bool:
+        """Whether the ranks that share state can do so along the one dim that other axes leave to them."""
+        shards = dp_shard * self.cp if self.zero else 1
+        if self.tp > 1:
+            return hidden % shards == 0
+        return self.ep == 1 or shards % self.ep > 0 or hidden % (shards // self.ep) == 0
 
     def _value_problems(self) -> list[Problem]:
         """Each key by itself."""
@@ -255,12 +266,11 @@ class Layout:
 
 
 def _broken_rules(model: Sizes, tp: int) -> list[str]:
-    """What tp must divide, and does not."""
+    """What tp must divide, and does not. Widths and vocabularies may divide unevenly."""
+    shared = model.kv_heads % tp == 0 or tp % model.kv_heads == 0
     rules = {
         f"the model's {model.heads} query heads": model.heads % tp == 0,
-        f"its {model.kv_heads} key/value heads, or be a multiple of them": 0
-        in (model.kv_heads % tp, tp % model.kv_heads),
-        **{f"the feed-forward's {width} features": width % tp == 0 for width in model.intermediate},
+        f"its {model.kv_heads} key/value heads, or be a multiple of them": shared,
     }
     return [rule for rule, holds in rules.items() if not holds]
 

@@ -77,13 +77,27 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(corpus, tmp_path):
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step-{losses(run_dir)[-1][0]:08d}"]
 
 
-def test_a_run_resumed_at_another_size_sees_the_same_samples_and_agrees(corpus, tmp_path, uninterrupted):
+ELSEWHERE = [
+    (("parallel.dp_shard=2", "parallel.zero=3"), ()),
+    (("parallel.pp=2", "parallel.micro_batches=2"), ("parallel.tp=2",)),
+    pytest.param(
+        ("parallel.cp=2", "parallel.ring=true"),
+        ("parallel.pp=2", "parallel.schedule=gpipe", "parallel.micro_batches=4"),
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), ELSEWHERE)
+def test_a_run_resumed_at_another_layout_sees_the_same_samples_and_agrees(
+    corpus, tmp_path, uninterrupted, first, second
+):
     run_dir = tmp_path / "run"
-    running = begin(corpus, run_dir, *LONG, "parallel.dp_shard=2", "parallel.zero=3", ranks=2)
+    running = begin(corpus, run_dir, *LONG, *first, ranks=2)
     until(lambda: (run_dir / "checkpoints" / "step-00000008").exists(), running)
     running.signal(signal.SIGTERM)
     assert running.wait() == [STOPPED_EARLY] * 2
-    complete(corpus, run_dir, *LONG)
+    complete(corpus, run_dir, *LONG, *second, ranks=2 if second else 1)
     lines = [line for line in read(run_dir / "metrics.jsonl") if "loss" in line]
     assert [line["samples"] for line in lines] == [8 * step for step in range(1, 17)]
     expected = [line for line in read(uninterrupted / "metrics.jsonl") if "loss" in line]

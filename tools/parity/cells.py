@@ -65,6 +65,7 @@ class Cell:
 EIGHT_BIT = Training(optim=Adam8bit(lr=1e-3, eps=1e-6))
 DEEP = Training(model=replace(MODEL, layers=8))
 UNEVEN = Training(model=replace(MODEL, layers=5))
+NARROW = Training(model=replace(MODEL, intermediate=150))
 UNTIED = Training(model=replace(MODEL, tied=False, qkv_bias=True, qk_norm=True))
 BIASED = Training(model=replace(MODEL, qkv_bias=True, output_bias=True, mlp_bias=True))
 DROPPED = Training(model=replace(MODEL, dropout=0.1))
@@ -114,6 +115,7 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
     "tensor parallel": [
         ("tp2", "tp2.mb2"),
         ("tp4-fewer-kv-heads", "tp4.mb2"),
+        ("tp4-uneven-width", "tp4.mb2", NARROW),
         ("tp2-untied", "tp2.mb2", UNTIED),
         ("tp2-biased", "tp2.mb2", BIASED),
         ("tp2-dropout", "tp2.mb2", DROPPED),

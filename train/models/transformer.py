@@ -107,9 +107,7 @@ class DecoderConfig:
     @property
     def sizes(self) -> Sizes:
         """What a layout divides."""
-        dense = not all(self.moe.sparse(layer) for layer in range(self.layers))
-        widths = [width for width in (self.intermediate * dense, self.moe.shared * (self.moe.experts > 0)) if width]
-        return Sizes(self.layers, self.heads, self.kv_heads, tuple(widths), self.moe.experts)
+        return Sizes(self.layers, self.hidden, self.heads, self.kv_heads, self.moe.experts)
 
     def build(self, vocabulary: int) -> "Decoder":
         """The model, uninitialised: call `initialise`, or load weights. May be called under torch.device("meta")."""

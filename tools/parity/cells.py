@@ -238,6 +238,17 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("bf16-tp2", "tp2.mb2", HALF),
         ("bf16-zbv", "pp2.zbv.mb4", HALF),
     ],
+    "DeepSpeed": [
+        ("deepspeed-zero0", "deepspeed:dp2.mb2"),
+        ("deepspeed-zero1", "deepspeed:dp2.zero1.mb2", UNTIED),
+        ("deepspeed-zero2", "deepspeed:dp2.zero2.mb2", DROPPED),
+        ("deepspeed-zero3", "deepspeed:dp2.zero3.mb2"),
+        ("deepspeed-tp2", "deepspeed:tp2.mb2"),
+        ("deepspeed-dpo", "deepspeed:dp2.zero2.mb2", PREFERRED),
+        ("deepspeed-bf16-zero2", "deepspeed:dp2.zero2.mb2", HALF),
+        ("resume-deepspeed-then-native", "deepspeed:dp2.zero3.mb2 > native:pp2.mb4"),
+        ("resume-native-then-deepspeed", "tp2.mb2 > deepspeed:dp2.zero2.mb2"),
+    ],
     "Megatron": [
         ("megatron-tp2", "megatron:tp2.mb2", UNTIED),
         ("megatron-tp2-biased", "megatron:tp2.recompute_selective.mb2", BIASED),

@@ -84,9 +84,7 @@ def build(layout: Layout, training: Training, world: distributed.World, seed: in
     """
     with torch.device("meta"):
         model = training.model.build(VOCABULARY)
-    made = OPTIONS["engine", engine]
-    on_cpu = {"cpu": True} if hasattr(made, "cpu") and world.device.type == "cpu" else {}
-    return made(**on_cpu).build(
+    return new_engine(engine, world).build(
         model,
         layout,
         training.optim.build,
@@ -94,6 +92,12 @@ def build(layout: Layout, training: Training, world: distributed.World, seed: in
         settings=Settings(precision=training.precision, clip=training.clip, ema=training.ema),
         initialise=lambda placed: initialise(placed, seed),
     )
+
+
+def new_engine(name: str, world: distributed.World) -> Any:
+    """An option of the group `engine` as it runs here: one made for GPUs is told that there are none."""
+    made = OPTIONS["engine", name]
+    return made(cpu=True) if hasattr(made, "cpu") and world.device.type == "cpu" else made()
 
 
 def train(engine: Engine, layout: Layout, training: Training, steps: range) -> Trajectory:

@@ -12,6 +12,7 @@ import parallel.engines.native
 import parallel.place
 import parallel.tensor
 import train.models.logprobs
+import train.models.transformer
 import train.optim.muon
 from parallel import linear
 from parallel.ema import Average
@@ -22,6 +23,7 @@ from parallel.mesh import Mesh
 from parallel.pipeline import Message, _Run
 from parallel.place import Placement
 from parallel.plan import chosen
+from parallel.recompute import recomputing
 from parallel.reduce import Sums, local_of
 from parallel.tensor import Tensors, _Column, _Row
 from parallel.zero import Sharded
@@ -265,3 +267,14 @@ def balance_counted_by_every_rank() -> None:
 def biases_by_own_counts() -> None:
     """Each rank moves the biases of the experts by the load that it has seen."""
     Mesh.over_data = lambda self, totals: totals  # type: ignore[method-assign]
+
+
+def fresh_dropout_when_recomputed() -> None:
+    """Activations that are computed again drop other features."""
+    drop = train.models.transformer.dropout
+
+    def fresh(x_BLN: Tensor, probability: float, keys_B: Tensor | None, *rest: Any, **named: Any) -> Tensor:
+        keys_B = keys_B + 1 if keys_B is not None and recomputing() else keys_B
+        return drop(x_BLN, probability, keys_B, *rest, **named)
+
+    train.models.transformer.dropout = fresh

@@ -43,6 +43,7 @@ SLOW = [
     (broken.tied_gradients_not_added, "pp2", PLAIN),
     (broken.rows_out_of_order, "dp2.ep2", EXPERTS),
     (broken.balance_counted_by_every_rank, "tp2", EXPERTS),
+    (broken.fresh_dropout_when_recomputed, "dp2.zero3.recompute_full", DROPPED),
     (broken.biases_by_own_counts, "dp2", RESTLESS),
 ]
 

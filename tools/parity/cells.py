@@ -238,17 +238,6 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("bf16-tp2", "tp2.mb2", HALF),
         ("bf16-zbv", "pp2.zbv.mb4", HALF),
     ],
-    "DeepSpeed": [
-        ("deepspeed-zero0", "deepspeed:dp2.mb2"),
-        ("deepspeed-zero1", "deepspeed:dp2.zero1.mb2", UNTIED),
-        ("deepspeed-zero2", "deepspeed:dp2.zero2.mb2", DROPPED),
-        ("deepspeed-zero3", "deepspeed:dp2.zero3.mb2"),
-        ("deepspeed-tp2", "deepspeed:tp2.mb2"),
-        ("deepspeed-dpo", "deepspeed:dp2.zero2.mb2", PREFERRED),
-        ("deepspeed-bf16-zero2", "deepspeed:dp2.zero2.mb2", HALF),
-        ("resume-deepspeed-then-native", "deepspeed:dp2.zero3.mb2 > native:pp2.mb4"),
-        ("resume-native-then-deepspeed", "tp2.mb2 > deepspeed:dp2.zero2.mb2"),
-    ],
     "Megatron": [
         ("megatron-tp2", "megatron:tp2.mb2", UNTIED),
         ("megatron-tp2-biased", "megatron:tp2.recompute_selective.mb2", BIASED),
@@ -287,7 +276,7 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("resume-pp2-tp2-zero1-then-zero3", "pp2.dp2.tp2.zero1.mb2 > dp2.zero3", EVERYTHING),
         ("resume-tp2-then-zbv", "tp2 > pp2.zbv", EVERYTHING),
     ],
-    "deepspeed": [
+    "DeepSpeed": [
         ("deepspeed-alone", "deepspeed:mb4"),
         ("deepspeed-zero0", "deepspeed:dp2.mb2"),
         ("deepspeed-zero1", "deepspeed:dp2.zero1.mb2"),
@@ -311,8 +300,18 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
 and goes on from its checkpoint on `b`; `engine:layout` runs on another engine than the native one."""
 
 QUICK = (
-    *("accumulation-4", "zero1", "zero3-dropout", "hsdp-zero2", "tp2-untied", "zbv", "pp2-zero2", "pp2-tp2-zero3"),
-    *("moe-zero3", "muon-zero3", "bf16-zero2", "resume-zero3-then-pp2-tp2"),
+    *(
+        "zero1",
+        "zero3-dropout",
+        "hsdp-zero2",
+        "tp2-untied",
+        "zbv",
+        "pp2-zero2",
+        "cp2-zero1",
+        "pp2-tp2-zero3",
+        "ep2-zero3",
+    ),
+    *("muon-zero3", "bf16-zero2", "recompute-selective-tp2", "resume-zero3-then-pp2-tp2"),
 )
 """Every technique once, in two minutes on two cores: `cells=[quick]`."""
 

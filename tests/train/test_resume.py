@@ -67,6 +67,20 @@ def test_a_stop_signal_ends_with_code_75_and_the_restart_is_bit_identical(corpus
     assert_same_run(run_dir, uninterrupted)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", ["adam8bit", "muon"])
+def test_eight_bit_moments_sharded_matrices_and_the_history_of_spikes_survive_a_stop(corpus, tmp_path, optim):
+    spikes = ("stage.skip_spikes=3", "stage.spike_window=4", "stage.max_skipped=16")
+    settings = (*LONG, f"optim={optim}", *spikes, "parallel.dp_shard=2", "parallel.zero=3")
+    complete(corpus, tmp_path / "whole", *settings, ranks=2)
+    running = begin(corpus, tmp_path / "run", *settings, ranks=2)
+    until(lambda: len(losses(tmp_path / "run")) >= 7, running)
+    running.signal(signal.SIGTERM)
+    assert running.wait() == [STOPPED_EARLY] * 2
+    complete(corpus, tmp_path / "run", *settings, ranks=2)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(corpus, tmp_path):
     run_dir = tmp_path / "run"
     settings = ("parallel.dp_shard=2", "parallel.zero=1", "stage.steps=500", "stage.checkpoint_every=0")

@@ -81,12 +81,11 @@ class EightBit(WithAdamW):
         into them counts after `loaded()`."""
         for parameter in self.param_groups[0]["params"]:
             if (state := self.state[parameter]) and parameter not in self._wide:
-                wide = {
-                    moment: widened(state[moment], state[f"{moment}_scale"], levels_C).view_as(local_of(parameter))
-                    for moment, levels_C in self._levels_C.items()
-                }
-                wide = {moment: sharded_as(parameter, local) for moment, local in wide.items()}
-                self._wide[parameter] = {"step": state["step"], **wide}
+                self._wide[parameter] = {"step": state["step"]}
+                for moment, levels_C in self._levels_C.items():
+                    codes_X = state[moment]  # may be offloaded
+                    wide_X = widened(codes_X, state[f"{moment}_scale"], levels_C.to(codes_X.device))
+                    self._wide[parameter][moment] = sharded_as(parameter, wide_X.view_as(local_of(parameter)))
         return self.state | self._wide
 
     @torch.no_grad()
@@ -95,7 +94,8 @@ class EightBit(WithAdamW):
         for parameter, wide in self._wide.items():
             state = self.state[parameter]
             for moment, levels_C in self._levels_C.items():
-                codes_X, scales_R = rounded(local_of(wide[moment]).reshape(-1), levels_C)
+                wide_X = local_of(wide[moment]).reshape(-1)
+                codes_X, scales_R = rounded(wide_X, levels_C.to(wide_X.device))
                 state[moment].copy_(codes_X)
                 state[f"{moment}_scale"].copy_(scales_R)
         self._wide.clear()

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
+from parallel import context
 from tests.ranks import run_ranks
 from train.models import attention, blocked
 from train.models.attention import AttentionError, visibility
@@ -144,6 +145,32 @@ def test_flash_attention_that_is_absent_is_refused_by_name():
         pytest.skip("a GPU is here")
     with pytest.raises(AttentionError, match=r"attention=flash needs a CUDA device.*attention=auto"):
         visibility(torch.zeros(1, 4, dtype=torch.int64), causal=True, backend="flash")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_of_some_queries_leave_out_nothing_that_is_seen(causal):
+    documents_BS = torch.tensor([[0] * 300 + [1] * 400 + [2] * 324 + [-1] * 176, [5] * 1200])
+    index_L = context.indices(1200, 2, 0)
+    documents_BL = documents_BS[:, index_L]
+    mask_BLS = documents_BL[:, :, None] == documents_BS[:, None]
+    if causal:
+        mask_BLS &= index_L[:, None] >= torch.arange(1200)
+    some_BQK, all_BQK = attention._seen_blocks(documents_BL, documents_BS, index_L, causal)
+    seen = 0
+    for q, rows in enumerate(mask_BLS.split(128, dim=1)):
+        for k, block_Bqk in enumerate(rows.split(128, dim=2)):
+            assert (block_Bqk.flatten(1).any(-1) <= some_BQK[:, q, k]).all()
+            assert (all_BQK[:, q, k] <= block_Bqk.flatten(1).all(-1)).all()
+            seen += int(all_BQK[:, q, k].sum())
+    assert seen > 0
+    assert some_BQK.float().mean() < (0.7 if causal else 1.0)
+
+    with torch.no_grad():
+        visible = visibility(
+            documents_BL, causal=causal, backend="flex", key_documents_BS=documents_BS, index_L=index_L
+        )
+    dense_BQK = visible.restriction.to_dense()[:, 0].bool()
+    assert torch.equal(dense_BQK, some_BQK)
 
 
 def test_flash_attention_of_some_queries_is_refused_by_name():

@@ -3,7 +3,8 @@ grouped queries: Ainslie et al. 2023, arXiv:2305.13245).
 
 What a query may see is decided once per forward pass by `visibility`; every layer then calls `attention`.
 
-Shape suffixes: B sequences, L tokens (queries), S keys, H query heads, K key/value heads, D features of a head.
+Shape suffixes: B sequences, L tokens (queries), S keys, H query heads, K key/value heads, D features of a head; of a
+block mask: Q blocks of queries, K blocks of keys.
 """
 
 import functools
@@ -19,6 +20,8 @@ from conf.errors import LongrunError
 from train.models.blocked import blocked_attention
 
 BACKENDS = ("auto", "sdpa", "flex", "flash")
+BLOCK = 128
+"""Queries, and keys, of a block of FlexAttention."""
 
 
 class AttentionError(LongrunError):
@@ -149,7 +152,7 @@ def attention(q_BLHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, visible: Visibilit
 
 
 def _block_mask(documents_BL: Tensor, causal: bool, key_documents_BS: Tensor | None, index_L: Tensor | None) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
     seen_BS = documents_BL if key_documents_BS is None else key_documents_BS
 
@@ -157,8 +160,50 @@ def _block_mask(documents_BL: Tensor, causal: bool, key_documents_BS: Tensor | N
         same = documents_BL[b, q] == seen_BS[b, k]
         return same & ((q if index_L is None else index_L[q]) >= k) if causal else same
 
-    batch, queries = documents_BL.shape
-    return create_block_mask(visible, batch, None, queries, seen_BS.shape[1], device=documents_BL.device)
+    (batch, queries), keys = documents_BL.shape, seen_BS.shape[1]
+    if index_L is None:
+        return create_block_mask(visible, batch, None, queries, keys, device=documents_BL.device)
+    # Some of a long sequence's queries: the mask of all pairs, from which blocks are made there, would not fit.
+    some_BQK, all_BQK = _seen_blocks(documents_BL, seen_BS, index_L, causal)
+    return BlockMask.from_kv_blocks(
+        *_in_order(some_BQK & ~all_BQK),
+        *_in_order(all_BQK),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(queries, keys),
+    )
+
+
+def _seen_blocks(
+    documents_BL: Tensor, key_documents_BS: Tensor, index_L: Tensor, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """some_BQK: whether a query of a block may see a key of a block; all_BQK: whether all see all. From the lowest and
+    highest document and place of each block, so sometimes too cautious, never wrong."""
+    low_BQ1, high_BQ1 = (t[..., None] for t in _bounds(documents_BL))
+    low_B1K, high_B1K = (t[:, None] for t in _bounds(key_documents_BS))
+    some_BQK = (low_BQ1 <= high_B1K) & (high_BQ1 >= low_B1K)
+    all_BQK = (low_BQ1 == high_B1K) & (high_BQ1 == low_B1K)
+    first_K = torch.arange(0, key_documents_BS.shape[1], BLOCK, device=index_L.device)
+    if causal:
+        earliest_Q, latest_Q = _bounds(index_L)
+        some_BQK &= latest_Q[:, None] >= first_K
+        all_BQK &= earliest_Q[:, None] >= first_K + BLOCK - 1
+    first_Q = torch.arange(0, index_L.shape[0], BLOCK, device=index_L.device)
+    filled_QK = (first_Q[:, None] + BLOCK <= index_L.shape[0]) & (first_K + BLOCK <= key_documents_BS.shape[1])
+    return some_BQK, all_BQK & filled_QK
+
+
+def _bounds(values_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """lowest_BQ and highest_BQ of each block of values."""
+    missing, limits = -values_BL.shape[-1] % BLOCK, torch.iinfo(values_BL.dtype)
+    lowest_BQ = F.pad(values_BL, (0, missing), value=limits.max).unflatten(-1, (-1, BLOCK)).amin(-1)
+    return lowest_BQ, F.pad(values_BL, (0, missing), value=limits.min).unflatten(-1, (-1, BLOCK)).amax(-1)
+
+
+def _in_order(chosen_BQK: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries has, and which: these first."""
+    order_BQK = chosen_BQK.int().argsort(dim=-1, descending=True, stable=True)
+    return chosen_BQK.sum(-1, dtype=torch.int32)[:, None], order_BQK.int()[:, None]
 
 
 def _flex_eager() -> Callable[..., Any]:

@@ -23,7 +23,7 @@ SETTINGS = (
     "model.moe.shared=48",
 )
 SHARED = ("parallel.dp_shard=2", "parallel.ep=2", "parallel.zero=2")
-DOTS = MoE(experts=4, active=2, intermediate=32, shared=32, scoring="sigmoid", selection_bias=True, first=1)
+PLAIN = MoE(experts=4, active=2, intermediate=32)
 
 
 def test_a_run_on_two_ranks_that_share_experts_goes_on_alone(corpus, tmp_path):
@@ -48,8 +48,18 @@ def test_a_run_on_two_ranks_that_share_experts_goes_on_alone(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_export_with_experts_is_verified_by_transformers(tmp_path):
-    evaluation(tmp_path / "evaluate", trained_run(tmp_path / "sft", config=replace(TINY, qk_norm=True, moe=DOTS)))
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(TINY, intermediate=32, moe=PLAIN),
+        replace(TINY, qkv_bias=True, moe=replace(PLAIN, shared=48, shared_gate=True)),
+        replace(TINY, qk_norm=True, moe=replace(PLAIN, first=1)),
+        replace(TINY, qk_norm=True, moe=replace(PLAIN, shared=32, scoring="sigmoid", selection_bias=True)),
+    ],
+    ids=["mixtral", "qwen2_moe", "qwen3_moe", "dots1"],
+)
+def test_an_export_with_experts_is_verified_by_transformers(tmp_path, config):
+    evaluation(tmp_path / "evaluate", trained_run(tmp_path / "sft", config=config))
     given = {"init_from": tmp_path / "sft", "run_dir": tmp_path / "export", "export.evaluation": tmp_path / "evaluate"}
     assert stage(stage="export", **given) == 0
     assert stage(stage="verify", init_from=tmp_path / "export", run_dir=tmp_path / "verify") == 0

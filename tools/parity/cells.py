@@ -180,6 +180,8 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("ep4-dp2-cp2", "dp2.cp2.ep4.zero1.mb2", EXPERTS),
         ("ep2-pp2", "pp2.dp2.ep2.zero1.mb2", EXPERTS),
         ("ep2-pp2-zbv", "pp2.dp2.ep2.zbv.zero2.mb4", QWEN),
+        ("ep2-recompute-full", "dp2.ep2.zero3.mb2.recompute_full", BALANCED),
+        ("ep2-recompute-selective", "dp2.ep2.zero3.mb2.recompute_selective", BALANCED),
         ("ep2-dpo", "dp2.ep2.zero1.mb2", replace(QWEN, objective=DPO())),
         ("ep2-muon", "dp2.ep2.zero2.mb2", MUON_EXPERTS),
         ("ep2-bf16", "dp2.ep2.zero2.mb2", ALL_ACTIVE),

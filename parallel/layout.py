@@ -136,9 +136,10 @@ class Layout:
             found.append(Problem("parallel.pp", self.pp, fix))
         if not self._shares_features(model.hidden, self.dp_shard):
             works = [n for n in range(1, model.hidden + 1) if self._shares_features(model.hidden, n)]
+            near = _nearest(self.dp_shard, works, 3)
             fix = (
                 "with tp or ep above 1 FSDP2 shares weights among dp_shard x cp ranks by their "
-                f"{model.hidden} features, evenly only; use {_or(_nearest(self.dp_shard, works, 3))}"
+                f"{model.hidden} features, evenly only; use {' or '.join([*map(str, near), 'zero=0'])}"
             )
             found.append(Problem("parallel.dp_shard", self.dp_shard, fix))
         if self.ep > 1 and model.experts == 0:

@@ -33,7 +33,7 @@ class Average:
         Args:
             skipped: 1 where this step changed nothing; then neither does this.
         """
-        taken = 1 - skipped.double()
+        taken = 1 - skipped.to(self.updates.device).double()
         self.updates += taken
         weight = taken * (1 - self.decay)
         if self.debias:

@@ -13,6 +13,7 @@ from parallel.engine import Settings
 from parallel.expert import share_experts
 from parallel.layout import DEFERRING_SCHEDULES, Layout
 from parallel.mesh import PIPELINE, TENSOR, Mesh
+from parallel.offload import materialise, policy
 from parallel.pipeline import Part, Placed, cut, rank_of
 from parallel.plan import chosen
 from parallel.recompute import recompute
@@ -70,13 +71,14 @@ class Placement:
             on_meta = any(p.is_meta for p in part.parameters())
             if not on_meta:
                 part.to(device)
-            if layout.dp * layout.cp > 1:
+            if layout.dp * layout.cp > 1 or layout.offload == "parameters":
                 blocks = [block for block in part.blocks if block is not None]  # type: ignore[union-attr]
                 experts = [m for _, m in chosen(part, part.plan.experts)] if layout.ep > 1 else []  # type: ignore[union-attr, arg-type]
-                placed[stage] = Sharded(part, blocks, mesh.data, layout.zero, compute, experts, mesh.experts)
+                offload = policy(layout.offload, device)
+                placed[stage] = Sharded(part, blocks, mesh.data, layout.zero, compute, experts, mesh.experts, offload)
             if on_meta:
                 assert initialise is not None
-                part.to_empty(device=device)
+                materialise(part, layout.offload, device)
                 initialise(part)
         # Before Whole, whose copies are nothing to optimise.
         self.optimizer = optimizer(Parts(models.values()) if self.stages > 1 else models[0])

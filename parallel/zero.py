@@ -15,11 +15,12 @@ shards (HSDP) each step adds U all-reduces, whatever the stage.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 
@@ -55,6 +56,7 @@ class Sharded:
         compute: dtype of forward and backward; parameters and reductions stay fp32.
         experts: parts of blocks that live on another mesh; they make units of their own.
         of_experts: that mesh: axes (ep_replicate, ep_shard).
+        offload: whether the shards live in host memory.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Sharded:
         compute: torch.dtype,
         experts: Iterable[nn.Module] = (),
         of_experts: DeviceMesh | None = None,
+        offload: OffloadPolicy = OffloadPolicy(),
     ):
         self.model = model
         self.stage = STAGES[zero]
@@ -78,7 +81,8 @@ class Sharded:
         def shard(module: nn.Module, drop: bool, mesh: DeviceMesh) -> None:
             axes = mesh if mesh.size(0) > 1 else mesh[mesh.mesh_dim_names[1]]  # type: ignore[index]
             free = partial(_free_dim, ranks=mesh.size(1))
-            fully_shard(module, mesh=axes, mp_policy=policy, shard_placement_fn=free, reshard_after_forward=drop)
+            options: dict[str, Any] = {"mp_policy": policy, "offload_policy": offload, "shard_placement_fn": free}
+            fully_shard(module, mesh=axes, reshard_after_forward=drop, **options)
 
         for module in experts:
             assert of_experts is not None

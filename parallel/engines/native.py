@@ -26,6 +26,7 @@ from parallel.engine import Outputs, Settings, StepResult
 from parallel.gather import Gathered
 from parallel.layout import Layout
 from parallel.mesh import Mesh
+from parallel.offload import Offloaded
 from parallel.pipeline import Part, Pipeline
 from parallel.place import Placement
 from parallel.precision import compute_dtype
@@ -133,16 +134,20 @@ class NativeEngine:
         self.steps = torch.zeros((), dtype=torch.int64)  # on the CPU: reading it waits for nobody
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
+        offloads = layout.offload == "optimizer"
+        self._step = Offloaded(optimizer, self._trained()).step if offloads else optimizer.step
         self._make_moments()
         self.ema = Average(self.parameters, settings.ema, ema_debias) if settings.ema else None
 
     def _make_moments(self) -> None:
         """A first, skipped update: moments exist from here on, and everything is as it was."""
-        for part in self.parts:
-            for parameter in part.placed.parameters.values():
-                if parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter)
+        for parameter in self._trained():
+            parameter.grad = torch.zeros_like(parameter)
         self._update(scale=torch.ones((), device=self.device), skipped=torch.ones((), device=self.device), factor=0.0)
+
+    def _trained(self) -> Iterator[Tensor]:
+        """The parameters of the optimizer."""
+        return (p for part in self.parts for p in part.placed.parameters.values() if p.requires_grad)
 
     def train_step(self, micro_batches: Sequence[Any], objective: Any, learning_rate_factor: float) -> StepResult:
         """Forward, backward, clip, update; see `Engine.train_step`."""
@@ -211,15 +216,20 @@ class NativeEngine:
             if parameter.grad is not None and name not in self.placement.counted_elsewhere:
                 by_copies.setdefault(self.placement.copies(name), []).append(parameter.grad)
         squares = [squared_norm(gradients) / copies for copies, gradients in by_copies.items()]
-        return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=self.device)
+        return (
+            torch.stack(squares).sum().to(self.device)
+            if squares
+            else torch.zeros((), dtype=torch.float64, device=self.device)
+        )
 
     def _update(self, scale: Tensor, skipped: Tensor, factor: float) -> None:
         """One optimizer step with gradients divided by `scale`; none where `skipped` is 1."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
-        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        self.optimizer.step()
+        home = next(self._trained()).device  # the host, where parameters are offloaded
+        self.optimizer.grad_scale = scale.to(home)  # type: ignore[attr-defined]
+        self.optimizer.found_inf = skipped.to(home)  # type: ignore[attr-defined]
+        self._step()
         self.optimizer.zero_grad(set_to_none=True)
         self._changed()
 

@@ -270,6 +270,11 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("recompute-full-pp2-zbv", "pp2.zbv.recompute_full.mb4", DROPPED),
         ("recompute-full-bf16-zero3", "dp2.zero3.recompute_full.mb2", HALF),
     ],
+    "offload": [
+        ("offload-optimizer-zero2", "dp2.zero2.offload_optimizer.mb2", MUONS),
+        ("offload-parameters-zero3", "dp2.zero3.offload_parameters.mb2"),
+        ("offload-parameters-pp2-tp2", "pp2.tp2.offload_parameters.recompute_full.mb2"),
+    ],
     "resumed elsewhere": [
         ("resume-zero3-then-alone", "dp2.zero3.mb2 > alone", EVERYTHING),
         ("resume-alone-then-zero2", "mb4 > dp2.zero2.mb2", EVERYTHING),

@@ -72,9 +72,6 @@ class DeepSpeed:
             found.append(Problem("parallel.tp", config.parallel.tp, _heads(kv_heads, config.parallel.tp)))
         if not config.init_from and getattr(config.model, "moe", None) and config.model.moe.experts:
             found.append(Problem("model.moe.experts", config.model.moe.experts, _NO_EXPERTS))
-        if config.stage.compile and config.parallel.zero == 3:
-            fix = f"ZeRO-3's hooks break compiled blocks: use false, parallel.zero=2, {NATIVE}"
-            found.append(Problem("stage.compile", True, fix))
         if config.stage.precision == "fp8":
             found.append(Problem("stage.precision", "fp8", f"use bf16 or fp32, {NATIVE}"))
         if config.stage.precision == "bf16" and config.parallel.zero == 0:
@@ -215,6 +212,10 @@ def _autotp(model: nn.Module, plan: Plan, tp: int) -> dict[str, Any]:
     inside a region that are not shared are of this rank's heads only, and are added up."""
     column = [name for name, _ in chosen(model, plan.column)]
     row = [name for name, _ in chosen(model, plan.row)]
+    for name, module in chosen(model, plan.column):
+        assert isinstance(module, nn.Linear)
+        if module.out_features % tp:
+            raise DeepSpeedError(f"parallel.tp={tp} must divide the {module.out_features} features of {name}.")
     if plan.groups % tp:
         raise DeepSpeedError(f"parallel.tp={tp}: {_heads(plan.groups, tp)}.")
     inside = [

@@ -35,6 +35,7 @@ from parallel.layout import Layout
 from parallel.plan import Plan, chosen
 from parallel.precision import compute_dtype
 from parallel.random import dropout_keys
+from parallel.recompute import recompute
 from parallel.reduce import Sums, means
 from parallel.spikes import Spikes
 
@@ -110,8 +111,10 @@ class DeepSpeed:
                 raise DeepSpeedError("the model is on the meta device: pass initialise=, which fills its parameters.")
             model.to_empty(device="cpu" if layout.zero == 3 else world.device)
             initialise(model)
+        blocks: Any = model.blocks
+        recompute(list(blocks), layout.recompute)
         if settings.compile:
-            for block in model.blocks:  # type: ignore[union-attr]
+            for block in blocks:
                 block.compile()
         made = optimizer(model)
         if not isinstance(made, torch.optim.AdamW) or not getattr(made, "_step_supports_amp_scaling", False):
@@ -173,8 +176,6 @@ def _layout_problems(layout: Layout) -> list[tuple[str, object, str]]:
         found.append(("offload", layout.offload, "needs parallel.zero=1 or more"))
     elif layout.offload == "parameters" and layout.zero != 3:
         found.append(("offload", layout.offload, "needs parallel.zero=3; offload=optimizer does with 1 or 2"))
-    if layout.recompute != "none":
-        found.append(("recompute", layout.recompute, f"use none, {NATIVE}"))
     found += [(key, True, f"use false, {NATIVE}") for key in ("async_tp", "ring") if getattr(layout, key)]
     return found
 

@@ -263,7 +263,6 @@ def config(layout: Layout, **values: Any) -> Any:
         (Layout(dp_replicate=2, dp_shard=2, zero=3), {}, "parallel.dp_replicate", "use dp_shard=4 dp_replicate=1"),
         (Layout(offload="optimizer"), {}, "parallel.offload", "parallel.zero=1 or more"),
         (Layout(zero=2, offload="parameters"), {}, "parallel.offload", "needs parallel.zero=3"),
-        (Layout(recompute="full"), {}, "parallel.recompute", "use none"),
         (Layout(async_tp=True), {}, "parallel.async_tp", "use false"),
         (Layout(ring=True), {}, "parallel.ring", "use false"),
         (Layout(tp=4), {}, "parallel.tp", "of which there are 2: use tp in [1, 2]"),

@@ -297,6 +297,8 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("deepspeed-bf16-zero1", "deepspeed:dp2.zero1.mb2", HALF),
         ("deepspeed-bf16-zero2", "deepspeed:dp2.zero2.mb2", HALF),
         ("deepspeed-bf16-zero3", "deepspeed:dp2.zero3.mb2", HALF),
+        ("deepspeed-recompute-full", "deepspeed:dp2.tp2.zero2.recompute_full", DROPPED),
+        ("deepspeed-recompute-selective", "deepspeed:dp2.zero3.mb2.recompute_selective"),
         ("deepspeed-dpo", "deepspeed:dp2.zero2.mb2", PREFERRED),
         ("deepspeed-from-native", "dp2.zero3.mb2 > deepspeed:dp4.zero2", AVERAGED),
         ("deepspeed-to-native", "deepspeed:dp2.zero3.mb2 > dp_replicate2.dp2.zero1", AVERAGED),

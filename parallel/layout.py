@@ -172,6 +172,12 @@ class Layout:
         if self.recompute not in RECOMPUTE and not _is_share(self.recompute):
             fix = f"one of {', '.join(RECOMPUTE)}, or the share of blocks to recompute, between 0 and 1, as in 0.5"
             found.append(Problem("parallel.recompute", self.recompute, fix))
+        if self.recompute == "selective" and self.ep > 1:
+            fix = (
+                "torch's selective checkpointing does not bear that FSDP2 gathers experts inside of a block, as it does "
+                "with ep > 1; use full, a share of the blocks such as 0.5, or none"
+            )
+            found.append(Problem("parallel.recompute", self.recompute, fix))
         if self.offload not in OFFLOAD:
             found.append(Problem("parallel.offload", self.offload, f"one of {', '.join(OFFLOAD)}"))
         return found

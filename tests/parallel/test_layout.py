@@ -132,6 +132,7 @@ REFUSED = [
     ),
     (dict(recompute="some"), "parallel.recompute", ["none, full, selective", "0.5"]),
     (dict(recompute="1.5"), "parallel.recompute", ["between 0 and 1"]),
+    (dict(recompute="selective", dp_shard=2, ep=2), "parallel.recompute", ["full, a share of the blocks such as 0.5"]),
     (dict(offload="everything"), "parallel.offload", ["none, optimizer, parameters"]),
     (dict(ring=True), "parallel.ring", ["needs cp > 1"]),
     (dict(tp=2, async_tp=True), "parallel.async_tp", ["stage.compile=true"]),

@@ -155,6 +155,21 @@ def test_a_norm_whose_gradient_is_not_added_up_is_seen() -> None:
     assert "RED" in red([Cell("tp2", Layout(tp=2), SMALL)], norms_that_nobody_adds_up)
 
 
+def bits(layouts: Sequence[Layout]) -> list[tuple[list[float], dict[str, float]]]:
+    runs = train_each(Megatron(cpu=True), [Cell("again", layout, UNTIED) for layout in layouts])
+    return [(run.losses, {name: w.double().sum().item() for name, w in run.weights.items()}) for run in runs]
+
+
+@pytest.mark.slow
+def test_the_same_layout_gives_the_same_bits() -> None:
+    layouts = [
+        Layout(tp=2, micro_batches=2),
+        Layout(dp_shard=2, zero=1, micro_batches=2),
+        Layout(pp=2, micro_batches=2),
+    ]
+    assert run_ranks(2, bits, layouts, timeout_s=250) == run_ranks(2, bits, layouts, timeout_s=250)
+
+
 def part_of_a_run(
     engine: Any, layout: Layout, training: Training, steps: range, loaded: Path | None, saved: Path | None
 ) -> Trajectory:

@@ -67,6 +67,7 @@ DEEP = Training(model=replace(MODEL, layers=8))
 UNEVEN = Training(model=replace(MODEL, layers=5))
 NARROW = Training(model=replace(MODEL, intermediate=150))
 UNTIED = Training(model=replace(MODEL, tied=False, qkv_bias=True, qk_norm=True))
+NORMED = Training(model=replace(MODEL, tied=False, qk_norm=True))
 BIASED = Training(model=replace(MODEL, qkv_bias=True, output_bias=True, mlp_bias=True))
 DROPPED = Training(model=replace(MODEL, dropout=0.1))
 MUONS = Training(optim=MUON)
@@ -240,7 +241,7 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("bf16-zbv", "pp2.zbv.mb4", HALF),
     ],
     "Megatron": [
-        ("megatron-tp2", "megatron:tp2.mb2", UNTIED),
+        ("megatron-tp2", "megatron:tp2.mb2", NORMED),
         ("megatron-tp2-biased", "megatron:tp2.recompute_selective.mb2", BIASED),
         ("megatron-tp2-bf16", "megatron:tp2.mb2", HALF),
         ("megatron-tp2-dpo", "megatron:tp2.mb2", PREFERRED),

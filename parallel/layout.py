@@ -174,7 +174,7 @@ class Layout:
             found.append(Problem("parallel.recompute", self.recompute, fix))
         if self.recompute == "selective" and self.ep > 1:
             fix = (
-                "torch's selective checkpointing does not bear that FSDP2 gathers experts inside of a block, as it does "
+                "torch's selective checkpointing does not bear that FSDP2 gathers experts inside a block, as it does "
                 "with ep > 1; use full, a share of the blocks such as 0.5, or none"
             )
             found.append(Problem("parallel.recompute", self.recompute, fix))

@@ -305,14 +305,19 @@ def test_every_value_out_of_range_is_named_at_once():
     values = {"steps": 0, "keep": 0, "patience": 2, "ema": 1.0, "precision": "int3", "clip": -1.0, "log_every": 0}
     values |= {"max_skipped": -1, "skip_spikes": -1.0, "spike_window": 1}
     stage = Training(**values)
-    keys = {problem.key for problem in stage.problems(SimpleNamespace(parallel=Layout(dp_shard=2)), world_size=1)}
+    keys = {
+        problem.key
+        for problem in stage.problems(SimpleNamespace(parallel=Layout(dp_shard=2), init_from="a"), world_size=1)
+    }
     assert keys == {*(f"stage.{name}" for name in values), "parallel.dp_shard"}
 
 
 def test_skipping_spikes_needs_room_for_them():
-    found = Training(skip_spikes=6.0).problems(SimpleNamespace(parallel=Layout()), world_size=1)
+    found = Training(skip_spikes=6.0).problems(SimpleNamespace(parallel=Layout(), init_from="a"), world_size=1)
     assert ["stage.max_skipped" in problem.fix for problem in found] == [True]
-    assert not Training(skip_spikes=6.0, max_skipped=3).problems(SimpleNamespace(parallel=Layout()), world_size=1)
+    assert not Training(skip_spikes=6.0, max_skipped=3).problems(
+        SimpleNamespace(parallel=Layout(), init_from="a"), world_size=1
+    )
 
 
 def test_a_recipe_leaves_out_what_does_not_change_the_result():

@@ -226,6 +226,7 @@ def test_bf16_keeps_masters_moments_and_averages_in_fp32_from_the_first_step(tmp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_run_stopped_on_one_engine_goes_on_with_the_other(tmp_path: Path) -> None:
     corpus = tiny_corpus(tmp_path / "corpus", documents=60)
     settings = ("stage.steps=12", "stage.checkpoint_every=3", "stage.ema=0.9", "model.dropout=0.1")
@@ -235,7 +236,7 @@ def test_a_run_stopped_on_one_engine_goes_on_with_the_other(tmp_path: Path) -> N
     for engine, layout, stop_at in ways:
         running = begin(corpus, mixed, *settings, f"engine={engine}", f"parallel={layout}", ranks=2)
         if stop_at:
-            until(lambda step=stop_at: max(steps(mixed / "checkpoints"), default=0) >= step, running)
+            until(lambda step=stop_at: max(steps(mixed / "checkpoints"), default=0) >= step, running, 120)
             running.signal(signal.SIGTERM)
         assert running.wait(200) == [STOPPED_EARLY if stop_at else 0] * 2, running.output()
     expected, found = (

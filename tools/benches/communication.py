@@ -166,10 +166,10 @@ def _peak() -> int:
 
 
 class Between:
-    """Looks at what an engine holds before the last backward pass of a step.
+    """Looks at what an engine holds before each backward pass of a step.
 
     Attributes:
-        held: of all parts of this rank; None before a step.
+        held: the most of it, of all parts of this rank; None before a step.
     """
 
     def __init__(self, engine: NativeEngine):
@@ -187,8 +187,9 @@ class Between:
 
     def _looking(self, accumulate: Any) -> Any:
         def look(last: bool) -> None:
-            if last:
-                self.held = held(self.engine)
+            now = held(self.engine)
+            if self.held is None or now.total > self.held.total:
+                self.held = now
             accumulate(last)
 
         return look

@@ -97,7 +97,7 @@ def test_a_layout_that_cannot_be_is_refused_by_its_word() -> None:
     assert "multiple of 3" in told["dp3"]
     assert "parallel.tp=3" in told["tp3"]
     assert "parallel.zero=7" in told["dp2.zero7"]
-    assert "use at most pp=4" in told["pp8.mb8"]
+    assert "parallel.pp=8" in told["pp8.mb8"]
     [problem] = ParityConfig(layouts=["dp8"], objective=DPO()).problems()
     assert "stage.global_batch=4" in problem.fix
 

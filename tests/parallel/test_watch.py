@@ -181,7 +181,7 @@ def test_two_looks_tell_who_is_at_fault(now, expected):
 
 
 def hang_on_rank_1(directory: Path) -> None:
-    watch.SUSPICION_S = watch.GRACE_S = 1
+    watch.SUSPICION_S, watch.GRACE_S = 3, 1  # enough for a busy machine
     try:
         with distributed.joined(collective_s=2) as world:
             for step in range(3):
@@ -205,7 +205,7 @@ def test_a_rank_that_hangs_is_named_and_shows_where_it_stands(tmp_path):
 
 
 def suspend_rank_2() -> None:
-    watch.SUSPICION_S = watch.GRACE_S = 1
+    watch.SUSPICION_S, watch.GRACE_S = 3, 1  # enough for a busy machine
     with distributed.joined(patience_s=2) as world:
         if world.rank == 2:
             os.kill(os.getpid(), signal.SIGSTOP)

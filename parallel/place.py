@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from parallel import context, linear
+from parallel import context, fp8, linear
 from parallel.engine import Settings
 from parallel.expert import share_experts
 from parallel.layout import DEFERRING_SCHEDULES, Layout
@@ -105,6 +105,9 @@ class Placement:
 
     def _prepare(self, part: nn.Module, settings: Settings) -> None:
         """Everything that changes how a part computes, before it is sharded."""
+        blocks = [block for block in part.blocks if block is not None]  # type: ignore[union-attr]
+        if settings.precision == "fp8":
+            fp8.convert(blocks)
         if self.layout.tp > 1:
             self.tensors.append(Tensors(part, part.plan, self.mesh.tensor))  # type: ignore[arg-type]
             if self.layout.async_tp:
@@ -115,7 +118,6 @@ class Placement:
             share_experts(part, part.plan, self.layout, self.mesh)  # type: ignore[arg-type]
         if self.layout.schedule in DEFERRING_SCHEDULES:
             linear.install(part)
-        blocks = [block for block in part.blocks if block is not None]  # type: ignore[union-attr]
         recompute(blocks, self.layout.recompute)
         if settings.compile:
             for block in blocks:

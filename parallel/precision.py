@@ -21,16 +21,29 @@ def has_native_bf16(device: torch.device) -> bool:
     return False
 
 
+NO_FP8 = "needs a GPU of compute capability 8.9 or more (L4, L40, H100, ...); use bf16 or auto"
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device has products in 8-bit floating point."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of weights and activations in forward and backward, the same on every rank.
 
     Args:
-        precision: "auto" (bf16 where every rank's device has it natively, else fp32), "bf16" or "fp32".
+        precision: "auto" (bf16 where every rank's device has it natively, else fp32), "bf16", "fp32", or "fp8": bf16
+            around products in 8 bits.
         device: where this rank computes.
 
     Raises:
-        PrecisionError: another word.
+        PrecisionError: another word, or a device without products in 8 bits.
     """
+    if precision == "fp8":
+        if not has_fp8(device):
+            raise PrecisionError(f"stage.precision=fp8 {NO_FP8}.")
+        return torch.bfloat16
     if precision not in PRECISIONS:
         raise PrecisionError(f"precision={precision!r}: one of {', '.join(PRECISIONS)}.")
     if precision != "auto":

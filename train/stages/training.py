@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from conf.errors import OccupiedError, Problem
 from conf.registry import register
 from data_pipeline.artifact import finished, locked
 from parallel import determinism, distributed
 from parallel.engine import Settings
-from parallel.precision import PRECISIONS
+from parallel.layout import DEFERRING_SCHEDULES, Layout
+from parallel.precision import NO_FP8, PRECISIONS, has_fp8
 from train import checkpoint
 from train.checkpoint import CheckpointError
 from train.models import hf
@@ -35,7 +38,8 @@ class Training(Stage):
         kind: what the run is called in manifests: pretrain, sft, dpo.
         steps: optimizer steps.
         global_batch: samples per step, over all ranks and micro-batches.
-        precision: compute precision: "auto" is bf16 where the device has it natively, else fp32; "bf16"; "fp32".
+        precision: compute precision: "auto" is bf16 where the device has it natively, else fp32; "bf16"; "fp32";
+            "fp8" (bf16 with the blocks' linear layers in 8 bits; CUDA, needs the package torchao).
             Master weights, moments and reductions are always fp32.
         compile: compile each block with torch.compile.
         deterministic: same layout, same bits: deterministic kernels only.
@@ -102,8 +106,10 @@ class Training(Stage):
         if self.skip_spikes > 0 and self.max_skipped == 0:
             fix = "ends the run at the first spike: give stage.max_skipped the number of spikes in a row to bear"
             found.append(Problem("stage.skip_spikes", self.skip_spikes, fix))
-        if self.precision not in PRECISIONS:
-            found.append(Problem("stage.precision", self.precision, f"one of {', '.join(PRECISIONS)}"))
+        if self.precision not in (*PRECISIONS, "fp8"):
+            found.append(Problem("stage.precision", self.precision, f"one of {', '.join(PRECISIONS)}, fp8"))
+        if self.precision == "fp8":
+            found += self._fp8_problems(config.parallel)
         if self.patience > 0 and self.validate_every == 0:
             found.append(Problem("stage.patience", self.patience, "needs validations: set stage.validate_every, or 0"))
         if not config.init_from:
@@ -114,6 +120,17 @@ class Training(Stage):
         # The sizes of a model that is given are known once it is read: see `Start.of`.
         sizes = None if config.init_from else config.model.sizes
         return found + config.parallel.problems(world_size, self.global_batch, sizes, compile=self.compile)
+
+    def _fp8_problems(self, layout: Layout) -> list[Problem]:
+        found = []
+        if not (torch.cuda.is_available() and has_fp8(torch.device("cuda"))):
+            found.append(Problem("stage.precision", "fp8", NO_FP8))
+        if layout.tp > 1:
+            found.append(Problem("parallel.tp", layout.tp, "with stage.precision=fp8 use 1, and dp_shard instead"))
+        if layout.pp > 1 and layout.schedule in DEFERRING_SCHEDULES:
+            fix = "computes linear layers itself, in no 8 bits: with stage.precision=fp8 use interleaved_1f1b"
+            found.append(Problem("parallel.schedule", layout.schedule, fix))
+        return found
 
     def run(self, config: "RunConfig", resolved: dict[str, Any]) -> int:
         """Train, or go on with training, until the artifact is there.

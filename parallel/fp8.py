@@ -1,5 +1,5 @@
-"""Matrix products in 8-bit floating point (Micikevicius et al. 2022, arXiv:2209.05433), through torchao: inputs, weights
-and gradients are scaled by their largest element, one scale each, and products are added up in higher precision.
+"""Matrix products in 8-bit floating point (Micikevicius et al. 2022, arXiv:2209.05433), through torchao: inputs,
+weights and gradients are scaled by their largest element, one scale each; products are added up in higher precision.
 """
 
 from collections.abc import Iterable

@@ -23,6 +23,7 @@ from train.models.transformer import DecoderConfig, initialise
 from train.optim.adamw import AdamW
 
 VOCABULARY = 1024
+MODEL = DecoderConfig(layers=12, hidden=1024, intermediate=2752, heads=16, kv_heads=16, head_dim=64)
 
 
 class NoTokens:
@@ -45,7 +46,7 @@ class MemoryBench:
         directory: where the model is written; empty for the system's temporary directory.
     """
 
-    model: DecoderConfig = DecoderConfig(layers=12, hidden=1024, intermediate=2752, heads=16, kv_heads=16, head_dim=64)
+    model: DecoderConfig = MODEL
     ranks: tuple[int, ...] = (1, 2, 4)
     directory: str = ""
 

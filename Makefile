@@ -44,9 +44,11 @@ lint: setup-dev ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup-dev ## throughput against Hugging Face Trainer, and checkpoint cost
+bench: setup-dev ## throughput, checkpoint cost, bytes sent, engines side by side
 	$(RUN) tools.bench bench=throughput
 	$(RUN) tools.bench bench=checkpoint
+	$(RUN) tools.bench bench=communication
+	$(RUN) tools.bench bench=engines
 
 serve: setup ## build vLLM's own environment and serve the demo's export on loopback
 	$(RUN) tools.serve target=runs/demo/export

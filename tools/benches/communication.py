@@ -77,7 +77,9 @@ class Communication:
     Args:
         layouts: as in tools.parity.
         moe_layouts: likewise, with experts in the model.
-        layers, hidden, vocabulary: of the decoder; head_dim is 32.
+        layers: of the decoder.
+        hidden: its width, in features; head_dim is 32.
+        vocabulary: its token ids.
         sequences: of a global batch.
         sequence_length: tokens of each.
         precision: "fp32" or "bf16" of forward and backward.

@@ -73,9 +73,10 @@ class DeepSpeed:
             found.append(Problem("parallel.tp", config.parallel.tp, _heads(kv_heads, config.parallel.tp)))
         if not config.init_from and getattr(config.model, "moe", None) and config.model.moe.experts:
             found.append(Problem("model.moe.experts", config.model.moe.experts, _NO_EXPERTS))
-        if config.stage.precision == "fp8":
+        precision = getattr(config.stage, "precision", "")  # some stages compute nothing
+        if precision == "fp8":
             found.append(Problem("stage.precision", "fp8", f"use bf16 or fp32, {NATIVE}"))
-        if config.stage.precision == "bf16" and config.parallel.zero == 0:
+        if precision == "bf16" and config.parallel.zero == 0:
             found.append(Problem("stage.precision", "bf16", _NO_BF16))
         return found
 

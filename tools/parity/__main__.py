@@ -103,7 +103,7 @@ def _word_problems(word: str) -> list[Problem]:
     try:
         parse(word)
     except WordError as error:
-        return [Problem("layouts", word, str(error))]
+        return [Problem("layouts", word, str(error).removeprefix(f"{word}: "))]
     return []
 
 

@@ -6,7 +6,8 @@ input, which the stage before waits for) and W (of the weights, which nobody wai
 micro-batches from its own loader, and only hidden states and their gradients travel.
 
 Messages from a rank to another leave in the sender's order of actions, which the receiver knows, and are received in
-that order, through a group that carries one direction only: no pair of ranks can wait for each other.
+that order, through a group of these two ranks in this direction. On NCCL the messages of a group wait for each other:
+where a third rank's, or the other direction's, came between, ranks could wait for each other in a circle.
 
 Shape suffixes: B sequences, L tokens, N features.
 """
@@ -15,7 +16,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -149,7 +150,7 @@ class Pipeline:
         self.layout, self.group, self.device = layout, group, device
         self.rank = group.rank()
         self.stages = layout.pp * layout.virtual_stages
-        self.directions = _directions(group, layout.pp)
+        self.channels = _channels(group, layout.pp)
         self._orders: dict[int, list[list[Action]]] = {}
 
     @property
@@ -270,8 +271,9 @@ class _Run:
         while message not in self._receiving:
             coming = queue.popleft()
             buffer = torch.empty(self.shape(coming.micro_batch), dtype=self.dtype, device=self.pipeline.device)
-            group = self.pipeline.directions[source < self.pipeline.rank]
-            work = dist.irecv(buffer, group=group, group_src=source, tag=self._tag(coming))
+            group = self.pipeline.channels[source, self.pipeline.rank]
+            sender = dist.get_global_rank(self.pipeline.group, source)
+            work = dist.irecv(buffer, sender, group=group, tag=self._tag(coming))
             assert work is not None
             self._receiving[coming] = (buffer, work)
 
@@ -296,12 +298,14 @@ class _Run:
             self._here[message] = value
             return
         value = value.contiguous()
-        group = self.pipeline.directions[target > self.pipeline.rank]
-        work = dist.isend(value, group=group, group_dst=target, tag=self._tag(message))
+        group = self.pipeline.channels[self.pipeline.rank, target]
+        receiver = dist.get_global_rank(self.pipeline.group, target)
+        work = dist.isend(value, receiver, group=group, tag=self._tag(message))
         assert work is not None
         self._sending.append((value, work))
 
     def finish(self) -> None:
+        assert not self.graphs and not self.tickets, "a schedule left gradients out"
         for _, work in self._sending:
             work.wait()
 
@@ -330,15 +334,19 @@ def _incoming(order: list[list[Action]], pipeline: Pipeline) -> dict[int, deque[
     return incoming
 
 
-def _directions(group: dist.ProcessGroup, pp: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """The groups for messages to lower and to higher ranks: a pair of ranks that share one communicator for both
-    directions would have to agree on one order (NCCL)."""
+def _channels(group: dist.ProcessGroup, pp: int) -> dict[tuple[int, int], dist.ProcessGroup]:
+    """The group of each pair of neighbours, (from, to), that this rank is one of; the last rank's next is the first.
+    All ranks of all pipelines make theirs together."""
+    channels: dict[tuple[int, int], dist.ProcessGroup] = {}
     if pp == 1:
-        return group, group
-    own = dist.get_process_group_ranks(group)
-    columns: list[list[int] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(columns, own)
-    pipelines = sorted({tuple(ranks) for ranks in columns if ranks})
-    second, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in pipelines])
-    assert second is not None
-    return group, second
+        return channels
+    columns: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(columns, dist.get_process_group_ranks(group))
+    pipelines = sorted({tuple(ranks) for ranks in columns})
+    for source in range(pp):
+        for target in sorted({(source + 1) % pp, (source - 1) % pp}):
+            pairs = [sorted((ranks[source], ranks[target])) for ranks in pipelines]
+            own, _ = dist.new_subgroups_by_enumeration(pairs)
+            if own is not None and group.rank() in (source, target):
+                channels[source, target] = own
+    return channels

@@ -116,7 +116,7 @@ class Placement:
             context.install(part, self.mesh.context_group, self.layout.ring)
         if self.layout.tp * self.layout.cp * self.layout.ep > 1:
             share_experts(part, part.plan, self.layout, self.mesh)  # type: ignore[arg-type]
-        if self.layout.schedule in DEFERRING_SCHEDULES:
+        if self.layout.pp > 1 and self.layout.schedule in DEFERRING_SCHEDULES:
             linear.install(part)
         recompute(blocks, self.layout.recompute)
         if settings.compile:

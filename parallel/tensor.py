@@ -126,10 +126,11 @@ def overlap(group: dist.ProcessGroup) -> None:
     """Let the compiler merge this group's collectives with the matrix products beside them, piece by piece (CUDA,
     compiled blocks): each piece is multiplied while the next one travels."""
     import torch._inductor.config as inductor
-    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+    from torch.distributed import _symmetric_memory as symmetric
 
     inductor._micro_pipeline_tp = True
-    enable_symm_mem_for_group(group.group_name)
+    if torch.__version__ < "2.13":  # from then on every group is ready for it
+        symmetric.enable_symm_mem_for_group(group.group_name)
 
 
 def rows_before(rows: int, ranks: int, rank: int) -> int:

@@ -5,16 +5,20 @@ import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from conf.errors import LongrunError, OccupiedError
+from conf.registry import OPTIONS
 from data_pipeline.artifact import MANIFEST, Artifact, write_atomically
 from parallel import distributed
 from parallel.watch import spans
+
+if TYPE_CHECKING:
+    from train.config import RunConfig
 
 CONFIG = "config.yaml"
 IRRELEVANT = (
@@ -39,6 +43,9 @@ IRRELEVANT = (
 """Keys that may differ between a run and its continuation: they change where and how it is computed, or name inputs
 whose content is compared instead."""
 
+NAMED = ("model", "data", "optim", "schedule", "objective")
+"""Groups whose options make different runs."""
+
 ROOMS = ("conf", "data_pipeline", "parallel", "train")
 SHOWN = 20
 """Lines of a message that could have hundreds."""
@@ -51,6 +58,18 @@ def recipe(resolved: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in _flat(resolved).items()
         if not any(key == name or key.startswith(name + ".") for name in IRRELEVANT)
     }
+
+
+def with_options(config: "RunConfig", resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved configuration with the name of each group's option, which its values do not tell: two optimizers
+    may have the same fields. An option that continues another's runs goes by its name (`continues`)."""
+    named = dict(resolved)
+    for group in NAMED:
+        kind = type(getattr(config, group))
+        names = [name for (of, name), option in OPTIONS.items() if of == group and option is kind]
+        if names:
+            named[group] = {**resolved[group], "option": getattr(kind, "continues", names[0])}
+    return named
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

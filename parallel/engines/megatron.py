@@ -31,6 +31,7 @@ from parallel.engines.megatron_masters import Masters
 from parallel.engines.megatron_model import (
     Sight,
     build_chunks,
+    dropout_problems,
     join_groups,
     label_logprobs,
     model_problems,
@@ -70,7 +71,11 @@ class Megatron:
         if not hasattr(config.stage, "settings"):
             return []  # a stage that trains nothing has no engine
         settings: Settings = config.stage.settings(config.seed)
-        found = [*layout_problems(config.parallel), *model_problems(config.model, config.parallel)]
+        found = layout_problems(config.parallel)
+        if config.init_from:  # its sizes are known once it is read: see `build`
+            found += dropout_problems(config.model)
+        else:
+            found += model_problems(config.model, config.parallel)
         if (name := type(config.optim).__name__) != "AdamW":
             found.append(Problem("optim", name, "engine=megatron updates flat buffers, by AdamW only: optim=adamw"))
         if settings.precision == "fp8":

@@ -20,6 +20,14 @@ from parallel.layout import Layout
 from parallel.view import IGNORED
 
 
+def dropout_problems(architecture: Any) -> list[Problem]:
+    """What this run's own share of the architecture must not have, wherever the rest comes from."""
+    if architecture.dropout == 0:
+        return []
+    fix = "engine=megatron draws dropout by rank, so that it would depend on the layout; use 0, or engine=native"
+    return [Problem("model.dropout", architecture.dropout, fix)]
+
+
 def model_problems(architecture: Any, layout: Layout) -> list[Problem]:
     """What of a decoder Megatron's GPTModel does not have, or cannot share so.
 
@@ -34,9 +42,7 @@ def model_problems(architecture: Any, layout: Layout) -> list[Problem]:
         found.append(
             Problem("model.moe.experts", experts, "engine=megatron has dense decoders only; use engine=native")
         )
-    if architecture.dropout > 0:
-        fix = "engine=megatron draws dropout by rank, so that it would depend on the layout; use 0, or engine=native"
-        found.append(Problem("model.dropout", architecture.dropout, fix))
+    found += dropout_problems(architecture)
     if architecture.output_bias != architecture.mlp_bias or (architecture.mlp_bias and not architecture.qkv_bias):
         fix = (
             "engine=megatron has biases on query, key and value projections only (Qwen2), on all of attention and "

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,7 +10,11 @@ from parallel import distributed
 from tests.ranks import run_ranks
 from tests.train.runs import begin
 from train import rundir
-from train.rundir import DisagreementError, check_agreement, source_digests
+from train.optim.adam8bit import Adam8bit
+from train.optim.adamw import AdamW
+from train.optim.adamw_apex import AdamWApex
+from train.optim.schedules import Cosine, Linear
+from train.rundir import DisagreementError, check_agreement, recipe, source_digests, with_options
 
 
 def test_ranks_with_other_configurations_are_refused_with_the_keys_that_differ(corpus, tmp_path):
@@ -66,3 +71,16 @@ def test_ranks_that_were_started_alike_agree(ranks):
 def test_the_code_is_every_file_that_a_stage_may_run():
     found = source_digests()
     assert {"train/loop.py", "parallel/layout.py", "conf/entry.py", "data_pipeline/loader.py"} <= found.keys()
+
+
+def test_options_with_the_same_fields_make_different_runs_but_for_those_that_continue_each_other():
+    values = {"optim": {"lr": 0.1}, "schedule": {"warmup": 0}, "engine": {}}
+
+    def recipe_of(optim, schedule):
+        config = SimpleNamespace(optim=optim, schedule=schedule, model=None, data=None, objective=None)
+        return recipe(with_options(config, values))
+
+    adamw = recipe_of(AdamW(), Cosine())
+    assert adamw != recipe_of(Adam8bit(), Cosine())
+    assert adamw != recipe_of(AdamW(), Linear())
+    assert adamw == recipe_of(AdamWApex(), Cosine())

@@ -72,7 +72,11 @@ class ParityConfig:
         if self.steps < 2:
             found.append(Problem("steps", self.steps, "must be at least 2: one before a resume, one after"))
         if not found:
-            found = [problem for cell in self.chosen() for problem in _cell_problems(cell)]
+            chosen = self.chosen()
+            found = [problem for cell in chosen for problem in _cell_problems(cell)]
+            if not chosen and self.cells != []:
+                fix = "leave none of the cells; give cells of these engines, or layouts="
+                found.append(Problem("engines", self.engines, fix))
         return found
 
     def chosen(self) -> list[Cell]:
@@ -86,7 +90,8 @@ class ParityConfig:
                 yield Cell(name, parse(word), engine=engine)
 
     def _named(self) -> Iterator[Cell]:
-        patterns = self.cells if self.cells is not None else [] if self.layouts else ["quick"]
+        everything = ["*"] if self.engines else ["quick"]  # the quick cells are the native engine's
+        patterns = self.cells if self.cells is not None else [] if self.layouts else everything
         for cell in cells():
             here = not self.engines or {cell.engine, cell.resumed_engine or cell.engine} <= set(self.engines)
             if here and any(fnmatch.fnmatch(cell.name, p) or (p == "quick" and cell.name in QUICK) for p in patterns):

@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ class AdamWApex:
         weight_decay: share of each weight removed per step, in units of the learning rate. Norms, biases and embeddings
             are not decayed.
     """
+
+    continues: ClassVar[str] = "adamw"
+    """Its runs go on with this option's, and the other way round."""
 
     lr: float = 3e-4
     beta1: float = 0.9

@@ -19,7 +19,7 @@ from train.checkpoint import CheckpointError
 from train.models import hf
 from train.models.hf import HuggingFaceError
 from train.monitor import DivergedError
-from train.rundir import check_agreement, check_same, check_unfinished, recipe, together, write_config
+from train.rundir import check_agreement, check_same, check_unfinished, recipe, together, with_options, write_config
 from train.session import CHECKPOINTS, Session
 from train.signals import StopSignals
 from train.stages.base import DONE, Stage
@@ -109,7 +109,7 @@ class Training(Stage):
         if self.precision not in (*PRECISIONS, "fp8"):
             found.append(Problem("stage.precision", self.precision, f"one of {', '.join(PRECISIONS)}, fp8"))
         if self.precision == "fp8":
-            found += self._fp8_problems(config.parallel)
+            found += self._fp8_problems(config.parallel, config.dry_run)
         if self.patience > 0 and self.validate_every == 0:
             found.append(Problem("stage.patience", self.patience, "needs validations: set stage.validate_every, or 0"))
         if not config.init_from:
@@ -121,9 +121,10 @@ class Training(Stage):
         sizes = None if config.init_from else config.model.sizes
         return found + config.parallel.problems(world_size, self.global_batch, sizes, compile=self.compile)
 
-    def _fp8_problems(self, layout: Layout) -> list[Problem]:
+    def _fp8_problems(self, layout: Layout, dry_run: bool) -> list[Problem]:
         found = []
-        if not (torch.cuda.is_available() and has_fp8(torch.device("cuda"))):
+        # A dry run judges the configuration: the machine that it is meant for is elsewhere.
+        if not dry_run and not (torch.cuda.is_available() and has_fp8(torch.device("cuda"))):
             found.append(Problem("stage.precision", "fp8", NO_FP8))
         if layout.tp > 1:
             found.append(Problem("parallel.tp", layout.tp, "with stage.precision=fp8 use 1, and dp_shard instead"))
@@ -151,6 +152,7 @@ class Training(Stage):
             if self.deterministic:
                 determinism.enforce()
             world = stack.enter_context(distributed.joined())
+            resolved = with_options(config, resolved)
             check_agreement(resolved)
             directory = Path(config.run_dir)
             with together():

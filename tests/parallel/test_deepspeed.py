@@ -291,5 +291,5 @@ def test_a_missing_package_is_named_with_what_installs_it(monkeypatch: pytest.Mo
     assert str(problem) == "engine=deepspeed: the package is not installed: pip install 'longrun[deepspeed]'"
     elsewhere = SimpleNamespace(**{**vars(config(Layout())), "dry_run": True})
     assert DeepSpeed().problems(elsewhere, 1) == []
-    with pytest.raises(DeepSpeedError, match=r"pip install 'longrun\[deepspeed\]'"):
-        build(DeepSpeed(), Layout())
+    with distributed.joined() as world, pytest.raises(DeepSpeedError, match=r"pip install 'longrun\[deepspeed\]'"):
+        DeepSpeed().build(MODEL.build(VOCABULARY), Layout(), SMALL.optim.build, world=world)

@@ -74,6 +74,7 @@ MUONS = Training(optim=MUON)
 AVERAGED = Training(ema=0.9)
 EVERYTHING = Training(optim=MUON, model=DROPPED.model, ema=0.9)
 HALF = Training(precision="bf16")
+COMPILED = Training(compile=True)
 FINE_TUNED = Training(objective=SFT())
 PREFERRED = Training(objective=DPO())
 EXPERTS = Training(model=replace(MODEL, moe=MoE(experts=8, active=2, intermediate=48, balance_loss=0.1)))
@@ -231,6 +232,13 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("adam8bit-zero3", "dp2.zero3.mb2", EIGHT_BIT),
         ("adam8bit-tp2", "tp2.mb2", EIGHT_BIT),
         ("resume-adam8bit-zero3-then-alone", "dp2.zero3.mb2 > alone", EIGHT_BIT),
+    ],
+    "compiled blocks": [
+        ("compiled-zero3", "dp2.zero3.mb2", COMPILED),
+        ("compiled-tp2", "tp2.mb2", COMPILED),
+        ("compiled-pp2", "pp2.mb2", COMPILED),
+        ("compiled-cp2", "cp2.mb2", COMPILED),
+        ("compiled-ep2", "dp2.ep2.mb2", replace(EXPERTS, compile=True)),
     ],
     "bf16": [
         ("bf16-zero0", "dp2.mb2", HALF),

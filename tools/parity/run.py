@@ -135,8 +135,8 @@ def stream(chosen: Sequence[Cell], sabotage: Callable[[], None] | None = None, t
 
 
 def _alone(training: Training) -> Training:
-    """What bf16 is held against is fp32."""
-    return replace(training, precision="fp32")
+    """What bf16 and compiled blocks are held against is fp32, as it is written."""
+    return replace(training, precision="fp32", compile=False)
 
 
 def _first(cell: Cell) -> Leg:

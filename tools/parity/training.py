@@ -44,6 +44,7 @@ class Training:
             holes, in spans (sft), or in pairs (dpo).
         ema: decay of the averaged weights; where above 0, they are compared instead of the last ones.
         precision: of forward and backward.
+        compile: compile each block.
         clip: largest gradient norm; small enough to bite.
         steps: optimizer steps.
     """
@@ -53,6 +54,7 @@ class Training:
     objective: Any = field(default_factory=CausalLM)
     ema: float = 0.0
     precision: str = "fp32"
+    compile: bool = False
     clip: float = 0.5
     steps: int = 20
 
@@ -89,7 +91,7 @@ def build(layout: Layout, training: Training, world: distributed.World, seed: in
         layout,
         training.optim.build,
         world=world,
-        settings=Settings(precision=training.precision, clip=training.clip, ema=training.ema),
+        settings=Settings(precision=training.precision, compile=training.compile, clip=training.clip, ema=training.ema),
         initialise=lambda placed: initialise(placed, seed),
     )
 

@@ -343,7 +343,8 @@ def config_of(**changes: Any) -> Any:
     """As much of a run's configuration as the engine looks at."""
     settings = Settings(**changes.pop("settings", {}))
     stage = SimpleNamespace(settings=lambda seed: settings)
-    plain = {"stage": stage, "model": MODEL, "parallel": Layout(), "optim": ADAMW, "seed": 0, "dry_run": False}
+    plain = {"stage": stage, "model": MODEL, "parallel": Layout(), "optim": ADAMW, "seed": 0}
+    plain |= {"dry_run": False, "init_from": ""}
     return SimpleNamespace(**{**plain, **changes})
 
 
@@ -356,6 +357,9 @@ def test_a_run_that_megatron_cannot_do_is_refused_with_all_reasons(monkeypatch: 
     refused = config_of(optim=MUON, settings={"precision": "fp8", "compile": True}, parallel=Layout(zero=2))
     assert keys(Megatron(cpu=True), refused) == ["parallel.zero", "optim", "stage.precision", "stage.compile"]
     assert keys(Megatron(), config_of()) == ["engine.cpu"]
+    given = {"init_from": "runs/base", "parallel": Layout(pp=1, tp=8)}  # whose sizes are those of another model
+    assert keys(Megatron(cpu=True), config_of(**given)) == []
+    assert keys(Megatron(cpu=True), config_of(**given, model=replace(MODEL, dropout=0.1))) == ["model.dropout"]
     assert keys(Megatron(cpu=True, transformer_engine=True), config_of()) == ["engine.transformer_engine"]
     assert keys(Megatron(), config_of(dry_run=True)) == []
     assert keys(Megatron(), config_of(stage=SimpleNamespace(), parallel=Layout(zero=3))) == []

@@ -7,6 +7,8 @@ from omegaconf import MISSING
 
 import data_pipeline
 import data_pipeline.corpus
+import data_pipeline.sources
+import data_pipeline.steps
 from conf.errors import Problem
 from conf.registry import discover, register
 
@@ -50,5 +52,5 @@ class PipelineConfig:
         return found + self.corpus.problems(self, 1)
 
 
-for package in (data_pipeline, data_pipeline.corpus):
+for package in (data_pipeline, data_pipeline.corpus, data_pipeline.sources, data_pipeline.steps):
     discover(package)

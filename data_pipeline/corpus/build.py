@@ -1,30 +1,35 @@
 """Raw text to token shards, as a chain of cached steps.
 
-    read -> clean -> split -> tokenizer -> shards
+    read -> curation steps, in `corpus.order` -> split -> tokenizer -> shards
 
-Each step is an artifact of its own in `steps/`, made from the one before. What a change of one setting does not reach
-is found made, and a step that was cut goes on with the pieces it lacks. At the end `tokenizer/`, `shards/` and
-`quarantine/` are put in place, and the corpus's manifest is written over them.
+Each step is an artifact of its own in `steps/`, made from the one before; curation steps that judge documents one by
+one run together, in one pass. What a change of one setting does not reach is found made, and a step that was cut goes
+on with the pieces it lacks. At the end `tokenizer/`, `shards/` and `quarantine/` are put in place, and the corpus's
+manifest is written over them.
 """
 
+import functools
+import itertools
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.errors import LongrunError
 from data_pipeline.artifact import MANIFEST, Artifact, Draft, check_kind, fingerprint, finished, locked, recipe_of
 from data_pipeline.chat import CHATML
+from data_pipeline.steps.base import CorpusStep, Step
 from data_pipeline.tokenizer import Tokenizer, train_bpe
 
 if TYPE_CHECKING:
     from data_pipeline.corpus.text import TextCorpus
 
 SPLITS = ("train", "validation", "test")
-Names = tuple[str, ...]
+EXAMPLES = 3
+"""Dropped documents shown where a step drops too many."""
 
 
 class CorpusError(LongrunError):
@@ -47,16 +52,14 @@ def build(corpus: "TextCorpus", directory: Path, cache: Path, workers: int) -> A
         LiveRunError: another process is making it.
         OccupiedError: the directory holds an artifact of another kind.
     """
-    settings = asdict(corpus)
-    del settings["paths"], settings["gates"]  # the first is in the sources, the second changes no document
-    settings["states"] = {name: source.state() for name, source in corpus.sources.items()}
+    settings = recipe_settings(corpus)
     if corpus.tokenizer:
         given = Tokenizer.load(corpus.tokenizer)  # its end-of-text token and chat template count too
         settings["tokenizer"] = fingerprint([given.fingerprint, given.config, given.chat_template])
     with locked(directory):
         made = finished(directory, "corpus", settings, {})
         if made is not None and intact(made):
-            check(made.metrics["steps"], corpus)
+            check(made.metrics["steps"], corpus, directory / "quarantine")
             print(f"corpus: {directory} is made already, nothing to do")
             return made
         check_kind(directory, "corpus")
@@ -67,6 +70,29 @@ def build(corpus: "TextCorpus", directory: Path, cache: Path, workers: int) -> A
     return artifact
 
 
+def recipe_settings(corpus: "TextCorpus") -> dict[str, Any]:
+    """What decides the result, as plain values: steps that do not run, and gates, decide nothing."""
+    settings = {f.name: getattr(corpus, f.name) for f in fields(corpus)}
+    del settings["paths"], settings["readable"], settings["order"]
+    settings["sources"] = {
+        name: [type(source).__name__, asdict(source), source.state()] for name, source in corpus.sources.items()
+    }
+    settings["steps"] = [[name, *decisive(step)] for name, step in corpus.ordered.items()]
+    return settings
+
+
+def decisive(step: Step) -> list[Any]:
+    settings = asdict(step)  # type: ignore[call-overload]  # all steps are dataclasses
+    del settings["gate"]
+    return [type(step).__name__, settings, step.state()]
+
+
+def passes(steps: Mapping[str, Step]) -> list[dict[str, Step]]:
+    """Which steps run together: a step that must survey the corpus runs alone."""
+    groups = itertools.groupby(steps.items(), lambda item: item[0] if isinstance(item[1], CorpusStep) else "")
+    return [dict(members) for _, members in groups]
+
+
 def make_steps(
     corpus: "TextCorpus", settings: Mapping[str, Any], root: Path, cache: Path, workers: int
 ) -> dict[str, Artifact]:
@@ -74,60 +100,64 @@ def make_steps(
     done: dict[str, Artifact] = {}
 
     def step(
-        name: str, keys: tuple[str, ...], inputs: tuple[str, ...], make: Callable[[Draft], None], *files: str
+        name: str, config: dict[str, Any], inputs: tuple[str, ...], make: Callable[[Draft], None], *files: str
     ) -> None:
-        config = {key: settings[key] for key in keys}
         done[name] = cached(root, name, config, {other: done[other] for other in inputs}, make, *files)
-        check(done[name].metrics["steps"], corpus)
+        check(done[name].metrics["steps"], corpus, done[name].path / "quarantine")
+
+    def chosen(*keys: str) -> dict[str, Any]:
+        return {key: settings[key] for key in keys}
 
     def path(name: str) -> Path:
         return done[name].path
 
     def read(draft: Draft) -> None:
-        from data_pipeline.corpus.steps.pieces import Tally, execute, quarantine, tallied, writer
-        from data_pipeline.corpus.steps.reading import Usable
+        from data_pipeline.engine.chain import Curate, curated
+        from data_pipeline.engine.pieces import Tally, execute, tallied, writer
+        from data_pipeline.readers.reading import Usable
 
         readers = [reader for source in corpus.sources.values() for reader in source.readers(cache)]
-        usable = Usable(quarantine(draft.path / "quarantine", "read"))
+        usable = Curate({"read": Usable()}, draft.path, draft.path / "quarantine")
         tally = Tally(["source", "version", "licence", "url"])
         pipeline = [*readers, usable, tally, writer(draft.path / "pieces")]
         totals = execute(pipeline, draft.path / "logs", corpus.pieces, workers)
-        draft.metrics["steps"] = [counted("read", totals[usable.name])]
+        draft.metrics["steps"] = curated(["read"], totals[usable.name])
         draft.metrics["sources"] = [
             {"name": name, "version": version, "licence": licence, "url": url, **counts}
             for (name, version, licence, url), counts in sorted(tallied(totals[tally.name]).items())
         ]
 
-    def clean(draft: Draft) -> None:
-        from data_pipeline.corpus.steps.cleaning import Normalise, Quality
-        from data_pipeline.corpus.steps.pieces import PieceReader, execute, pieces_of, quarantine, writer
+    def curate(draft: Draft, steps: dict[str, Step], before: str) -> None:
+        from data_pipeline.engine.chain import Curate, curated
+        from data_pipeline.engine.pieces import PieceReader, execute, pieces_of, writer
+        from data_pipeline.engine.survey import Survey
 
-        quality = Quality(corpus.rules, quarantine(draft.path / "quarantine", "quality"))
-        normalise = Normalise(corpus.strip_markup)
-        reader = PieceReader(pieces_of(path("read") / "pieces", corpus.pieces))
-        pipeline = [reader, normalise, quality, writer(draft.path / "pieces")]
-        totals = execute(pipeline, draft.path / "logs", corpus.pieces, workers)
-        draft.metrics["steps"] = [
-            counted("normalise", totals[normalise.name]),
-            counted("quality", totals[quality.name]),
-        ]
+        pieces = pieces_of(path(before) / "pieces", corpus.pieces)
+        survey = draft.path / "survey"
+        for member in steps.values():
+            if isinstance(member, CorpusStep):
+                survey.mkdir(exist_ok=True)
+                member.survey(Survey(pieces, survey, draft.path / "logs", workers))
+        judge = Curate(steps, survey, draft.path / "quarantine")
+        pipeline = [PieceReader(pieces), judge, writer(draft.path / "pieces")]
+        totals = execute(pipeline, draft.path / "logs" / "judge", corpus.pieces, workers)
+        draft.metrics["steps"] = curated(list(steps), totals[judge.name])
 
-    def split(draft: Draft) -> None:
-        from data_pipeline.corpus.steps.pieces import pieces_of, tallied
-        from data_pipeline.corpus.steps.splitting import deduplicate_and_split
+    def split(draft: Draft, before: str) -> None:
+        from data_pipeline.engine import splitting
+        from data_pipeline.engine.pieces import pieces_of
 
-        pieces = pieces_of(path("clean") / "pieces", corpus.pieces)
-        kept, splits = deduplicate_and_split(pieces, draft.path, corpus.validation, corpus.test, workers)
-        draft.metrics["steps"] = [counted("deduplicate", kept, "duplicate")]
-        draft.metrics["splits"] = {name: counts for (name,), counts in tallied(splits).items()}
-        if draft.metrics["splits"] and "train" not in draft.metrics["splits"]:
+        pieces = pieces_of(path(before) / "pieces", corpus.pieces)
+        draft.metrics["steps"] = []
+        draft.metrics["splits"] = splitting.split(pieces, draft.path, corpus.validation, corpus.test, workers)
+        if "train" not in draft.metrics["splits"]:
             raise CorpusError(
                 "split: no document is left to train on, all are in validation or test. Give more text, or lower "
                 "corpus.validation and corpus.test."
             )
 
     def tokenizer(draft: Draft) -> None:
-        from data_pipeline.corpus.steps.tokenising import sample
+        from data_pipeline.engine.tokenising import sample
 
         if corpus.tokenizer:
             Tokenizer.load(corpus.tokenizer).save(draft.path)
@@ -137,8 +167,8 @@ def make_steps(
         draft.metrics["steps"] = []
 
     def shards(draft: Draft) -> None:
-        from data_pipeline.corpus.steps.pieces import pieces_of
-        from data_pipeline.corpus.steps.tokenising import write_shards
+        from data_pipeline.engine.pieces import pieces_of
+        from data_pipeline.engine.tokenising import write_shards
 
         splits, documents = {}, 0
         pieces = {name: pieces_of(path("split") / name, corpus.pieces) for name in SPLITS}
@@ -147,17 +177,25 @@ def make_steps(
             splits[name] = {"documents": shard.documents, "tokens": len(shard.tokens_T), "largest_token": largest}
             documents += shard.documents
         draft.metrics["splits"] = splits
-        kept = done["split"].metrics["steps"][-1]["documents_out"]
+        kept = sum(counts["documents"] for counts in done["split"].metrics["splits"].values())
         draft.metrics["steps"] = [{"name": "tokenise", "documents_in": kept, "documents_out": documents, "dropped": {}}]
 
-    step("read", ("sources", "states", "pieces"), (), read, "pieces/*", "quarantine/*")
-    step("clean", ("strip_markup", "rules"), ("read",), clean, "pieces/*", "quarantine/*")
-    step("split", ("validation", "test"), ("clean",), split, *(f"{name}/*" for name in SPLITS), "quarantine/*")
+    step("read", chosen("sources", "pieces"), (), read, "pieces/*", "quarantine/*/*")
+    before = "read"
+    decisions = {name: decision for name, *decision in settings["steps"]}
+    for group in passes(corpus.ordered):
+        name = "-".join(group) if len(group) == 1 else f"{next(iter(group))}-to-{list(group)[-1]}"
+        config = {"steps": [[member, *decisions[member]] for member in group]}
+        make = functools.partial(curate, steps=group, before=before)
+        step(name, config, (before,), make, "pieces/*", "quarantine/*/*")
+        before = name
+    make = functools.partial(split, before=before)
+    step("split", chosen("validation", "test"), (before,), make, *(f"{name}/*" for name in SPLITS))
     if corpus.tokenizer:
-        step("tokenizer", ("tokenizer",), (), tokenizer, "*.json", "*.jinja")
+        step("tokenizer", chosen("tokenizer"), (), tokenizer, "*.json", "*.jinja")
     else:
-        step("tokenizer", ("vocabulary", "tokenizer_bytes"), ("split",), tokenizer, "*.json", "*.jinja")
-    step("shards", (), ("split", "tokenizer"), shards, "*.bin", "*.idx")
+        step("tokenizer", chosen("vocabulary", "tokenizer_bytes"), ("split",), tokenizer, "*.json", "*.jinja")
+    step("shards", {}, ("split", "tokenizer"), shards, "*.bin", "*.idx")
     return done
 
 
@@ -207,12 +245,12 @@ def publish(directory: Path, settings: dict[str, Any], steps: Mapping[str, Artif
     """
     (directory / MANIFEST).unlink(missing_ok=True)
     parts = {"tokenizer": steps["tokenizer"].path, "shards": steps["shards"].path}
-    parts |= {f"quarantine/{name}": steps[name].path / "quarantine" for name in ("read", "clean", "split")}
+    for step in steps.values():
+        parts |= {f"quarantine/{dropped.name}": dropped for dropped in (step.path / "quarantine").glob("*")}
     for name in ("tokenizer", "shards", "quarantine"):
         shutil.rmtree(directory / name, ignore_errors=True)
     for name, source in parts.items():
-        if source.exists():
-            shutil.copytree(source, directory / name, copy_function=_link, ignore=shutil.ignore_patterns(MANIFEST))
+        shutil.copytree(source, directory / name, copy_function=_link, ignore=shutil.ignore_patterns(MANIFEST))
     tokenizer = Tokenizer.load(directory / "tokenizer")
     splits = {}
     for name in SPLITS:
@@ -246,43 +284,52 @@ def intact(artifact: Artifact) -> bool:
     return all(file.exists() and file.stat().st_size == size for file, size in files)
 
 
-def counted(name: str, totals: Counter[str], reason: str = "") -> dict[str, Any]:
-    """What went into a step, came out of it and was dropped, from datatrove's statistics.
-
-    Args:
-        name: of the step.
-        totals: label -> count.
-        reason: why documents are dropped, where the step has one reason only.
-    """
-    passed = totals["forwarded"] if "forwarded" in totals or "dropped" in totals else totals["total"]
-    dropped = {label.removeprefix("dropped_"): n for label, n in sorted(totals.items()) if label.startswith("dropped_")}
-    if reason and totals["dropped"]:
-        dropped = {reason: totals["dropped"]}
-    return {"name": name, "documents_in": totals["total"], "documents_out": passed, "dropped": dropped}
-
-
-def check(steps: list[dict[str, Any]], corpus: "TextCorpus") -> None:
+def check(steps: list[dict[str, Any]], corpus: "TextCorpus", quarantine: Path) -> None:
     """Every document is accounted for, and no step lost more than it may.
 
+    Args:
+        steps: their counts.
+        corpus: whose gates hold.
+        quarantine: where the dropped documents are, a directory per step.
+
     Raises:
-        CorpusError: says which step, and for what reasons documents were dropped.
+        CorpusError: says which step, for what reasons documents were dropped, and shows some.
     """
-    gates = asdict(corpus.gates)
     for step in steps:
         name, given, passed, dropped = step["name"], step["documents_in"], step["documents_out"], step["dropped"]
         if given != passed + sum(dropped.values()):
             raise CorpusError(
                 f"{name}: of {given} documents {passed} came out and {sum(dropped.values())} were dropped."
             )
-        if given == 0 or passed == 0:
-            why = f"all {given} were dropped: {reasons(dropped)}" if given else "none came in"
-            raise CorpusError(f"{name}: no document is left; {why}. Give other text, or relax corpus.rules.")
-        if passed / given < gates.get(name, 0):
+        if given == 0:
+            raise CorpusError(f"{name}: no document came in. Give other text.")
+        if passed == 0:
             raise CorpusError(
-                f"{name}: only {passed} of {given} documents were passed on, {passed / given:.0%}; corpus.gates.{name} "
-                f"asks for {gates[name]:.0%}. Dropped: {reasons(dropped)}. Look into steps/*/quarantine; mend the text "
-                "or the rules, or lower the gate."
+                f"{name}: no document is left; all {given} were dropped: {reasons(dropped)}."
+                f"{examples(quarantine / name)}\nGive other text, relax corpus.steps.{name}, or leave it out."
             )
+        judged = step.get("judged", given)
+        gate, key = (corpus.readable, "readable") if name == "read" else (0.0, "")
+        if name in corpus.ordered:
+            gate, key = corpus.ordered[name].gate, f"steps.{name}.gate"
+        kept = judged - sum(dropped.values())
+        if kept < gate * judged:
+            raise CorpusError(
+                f"{name}: only {kept} of {judged} documents were passed on, {kept / judged:.0%}; corpus.{key} asks for "
+                f"{gate:.0%}. Dropped: {reasons(dropped)}.{examples(quarantine / name)}\nLook into "
+                f"{quarantine / name}; mend the text or the settings, or lower the gate."
+            )
+        if name in corpus.ordered and (faults := corpus.ordered[name].conclude(Counter(step["counts"]))):
+            raise CorpusError(f"{name}: the corpus as a whole is refused:\n  " + "\n  ".join(faults))
+
+
+def examples(quarantine: Path) -> str:
+    """The first documents in quarantine: reason, id and beginning of each."""
+    from data_pipeline.engine.pieces import ENDING, read_records
+
+    files = sorted(quarantine.glob(f"*{ENDING}"))
+    records = itertools.islice((record for file in files for record in read_records(file)), EXAMPLES)
+    return "".join(f"\n  {record['reason']}: {record['id']}: {record['text'][:80]!r}" for record in records)
 
 
 def reasons(dropped: Mapping[str, int]) -> str:

@@ -9,11 +9,11 @@ from conf.errors import Problem
 from conf.registry import register
 from data_pipeline.config import DataSet, PipelineConfig
 from data_pipeline.corpus.build import build
-from data_pipeline.corpus.rules import Gates, Rules
+from data_pipeline.steps.base import Step
 from data_pipeline.tokenizer import BYTES, SPECIALS
 
 
-@register("corpus", "text")
+@register("corpus", "text_schema")
 @dataclass(frozen=True)
 class TextCorpus(DataSet):
     """Read, normalise, filter, deduplicate, split, train a tokenizer, tokenise.
@@ -21,9 +21,9 @@ class TextCorpus(DataSet):
     Args:
         sources: name -> where text comes from; see the group `corpus/source`.
         paths: what `corpus=files` reads: directories or single files of text, code and JSON lines.
-        strip_markup: reduce reStructuredText roles, links and labels in prose to what a reader sees of them.
-        rules: thresholds of the quality filter.
-        gates: least share of documents that each step must pass on.
+        readable: least share of what the sources hold that must be readable, in [0, 1].
+        steps: name -> curation step; see the group `corpus/step`.
+        order: names of the steps that run, in this order.
         validation: share of documents in the validation split, in [0, 1).
         test: share of documents in the test split, in [0, 1).
         tokenizer: directory of the tokenizer to use, for instance a Hugging Face model's; empty trains one.
@@ -34,9 +34,9 @@ class TextCorpus(DataSet):
 
     sources: dict[str, Any] = field(default_factory=dict)
     paths: list[str] = field(default_factory=list)
-    strip_markup: bool = True
-    rules: Rules = field(default_factory=Rules)
-    gates: Gates = field(default_factory=Gates)
+    readable: float = 0.9
+    steps: dict[str, Any] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
     validation: float = 0.01
     test: float = 0.01
     tokenizer: str = ""
@@ -44,12 +44,27 @@ class TextCorpus(DataSet):
     tokenizer_bytes: int = 200_000_000
     pieces: int = 8
 
+    @property
+    def ordered(self) -> dict[str, Step]:
+        """The steps that run, in order."""
+        return {name: self.steps[name] for name in self.order}
+
     def problems(self, config: PipelineConfig, world_size: int) -> list[Problem]:
         found = []
         if not self.sources:
             found.append(Problem("corpus.sources", "{}", "at least one; corpus=demo and corpus=files bring some"))
         for name, source in self.sources.items():
             found += source.problems(f"corpus.sources.{name}")
+        for name in self.order:
+            if name not in self.steps:
+                found.append(Problem("corpus.order", name, f"made of {', '.join(self.steps) or 'corpus.steps'}"))
+            else:
+                found += self.steps[name].problems(f"corpus.steps.{name}")
+        if twice := {name for name in self.order if self.order.count(name) > 1}:
+            fix = "each name once; give a step that runs twice a second name in corpus.steps"
+            found.append(Problem("corpus.order", ", ".join(sorted(twice)), fix))
+        if not 0 <= self.readable <= 1:
+            found.append(Problem("corpus.readable", self.readable, "a share in [0, 1]"))
         least = BYTES + len(SPECIALS)
         if not self.tokenizer and self.vocabulary < least:
             found.append(Problem("corpus.vocabulary", self.vocabulary, f"at least {least}: bytes and special tokens"))

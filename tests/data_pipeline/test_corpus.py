@@ -8,7 +8,7 @@ import shutil
 import signal
 import tarfile
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -23,20 +23,30 @@ from data_pipeline.artifact import Artifact, Draft, LiveRunError, locked
 from data_pipeline.config import PipelineConfig
 from data_pipeline.corpus import build as building
 from data_pipeline.corpus.build import CorpusError, build, check
-from data_pipeline.corpus.rules import Gates, Rules
-from data_pipeline.corpus.sources import Files, HuggingFace, Sdists, SourceError, StandardLibrary
-from data_pipeline.corpus.steps import reading
-from data_pipeline.corpus.steps.cleaning import Quality, normalised
-from data_pipeline.corpus.steps.pieces import read_piece
-from data_pipeline.corpus.steps.splitting import AssignSplit, position, split_of
-from data_pipeline.corpus.steps.tokenising import WriteTokens
 from data_pipeline.corpus.text import TextCorpus
+from data_pipeline.engine.pieces import read_piece
+from data_pipeline.engine.splitting import AssignSplit, position, split_of
+from data_pipeline.engine.tokenising import WriteTokens
+from data_pipeline.page import Page
+from data_pipeline.readers import reading
+from data_pipeline.sources.base import SourceError
+from data_pipeline.sources.files import Files
+from data_pipeline.sources.huggingface import HuggingFace
+from data_pipeline.sources.sdists import Sdists
+from data_pipeline.sources.standard_library import StandardLibrary
+from data_pipeline.steps.base import DocumentStep
+from data_pipeline.steps.exact import Exact
+from data_pipeline.steps.length import Length
+from data_pipeline.steps.markup import Markup
+from data_pipeline.steps.normalise import Normalise
 from data_pipeline.text import TextData
 from data_pipeline.tokenizer import Tokenizer
 from tests.data import standard_library, tiny_tokenizer
 
 PROSE = sorted({text[:3000] for text in topics.values() if len(text) > 500})[:30]
 CODE = [text[:3000] for text in standard_library(10)[2:]]
+STEPS = {"normalise": Normalise(), "markup": Markup(), "length": Length(), "exact": Exact()}
+FIRST = "normalise-to-length"
 CONF = Path(__file__).parent.parent.parent / "conf"
 
 
@@ -59,7 +69,7 @@ def texts(tmp_path_factory):
 
 
 def corpus_of(root: Path, **changes) -> TextCorpus:
-    settings = {"vocabulary": 400, "pieces": 2, "validation": 0.1, "test": 0.1, "rules": Rules(repeated_lines=1.0)}
+    settings = {"vocabulary": 400, "pieces": 2, "validation": 0.1, "test": 0.1, "steps": STEPS, "order": list(STEPS)}
     return TextCorpus(sources={"files": Files([str(root)])}, **(settings | changes))
 
 
@@ -74,15 +84,15 @@ def corpus(texts, tmp_path_factory):
 
 def test_every_document_comes_out_or_is_in_quarantine_with_step_and_reason(corpus):
     steps = {step["name"]: step for step in corpus.metrics["steps"]}
-    assert list(steps) == ["read", "normalise", "quality", "deduplicate", "tokenise"]
+    assert list(steps) == ["read", "normalise", "markup", "length", "exact", "tokenise"]
     assert steps["read"]["documents_in"] == len(PROSE) + len(CODE) + 2 + 2
     for before, after in zip(corpus.metrics["steps"], corpus.metrics["steps"][1:], strict=False):
         assert after["documents_in"] == before["documents_out"]
     in_manifest = {(step, reason): n for step in steps for reason, n in steps[step]["dropped"].items()}
     dropped = [d for file in (corpus.path / "quarantine").rglob("*.zst") for d in raw(file)]
     assert Counter((d["step"], d["reason"]) for d in dropped) == in_manifest
-    assert in_manifest["read", "not_json"] == in_manifest["deduplicate", "duplicate"] == 1
-    assert in_manifest["quality", "short"] >= 1
+    assert in_manifest["read", "not_json"] == in_manifest["exact", "duplicate"] == 1
+    assert in_manifest["length", "short"] >= 1
     assert all(d["metadata"]["source"] and d["metadata"]["licence"] for d in dropped)
 
 
@@ -118,8 +128,10 @@ def test_a_rerun_does_nothing(corpus, texts, capsys):
     [
         ({"vocabulary": 300}, ["tokenizer", "shards"]),
         ({"test": 0.2}, ["split", "tokenizer", "shards"]),
-        ({"rules": Rules(least_characters=1000)}, ["clean", "split", "tokenizer", "shards"]),
-        ({"gates": Gates(quality=0.1)}, []),
+        ({"steps": STEPS | {"length": Length(least_characters=999)}}, [FIRST, "exact", "split", "tokenizer", "shards"]),
+        ({"order": ["exact", "length"]}, ["exact", "length", "split", "tokenizer", "shards"]),
+        ({"steps": STEPS | {"length": Length(gate=0.1)}, "readable": 0.1}, []),
+        ({"steps": STEPS | {"unused": Length(gate=0.1)}}, []),
     ],
 )
 def test_one_changed_setting_redoes_only_what_depends_on_it(corpus, texts, tmp_path, capsys, change, redone):
@@ -127,7 +139,8 @@ def test_one_changed_setting_redoes_only_what_depends_on_it(corpus, texts, tmp_p
     again = made(texts, tmp_path / "corpus", **change)
     lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[:-1]]
     assert [name for name, what in lines if what != "found"] == redone
-    assert len(list((tmp_path / "corpus/steps").iterdir())) == 5  # what nothing depends on any more is gone
+    kept = {path.name.rpartition("-")[0] for path in (tmp_path / "corpus/steps").iterdir()}
+    assert not lines or kept == {name for name, _ in lines}  # what nothing depends on any more is gone
     again.verify()
 
 
@@ -179,8 +192,8 @@ def killed_at(target: type, method: str, call: int, root: Path, directory: Path)
 @pytest.mark.parametrize(
     ("target", "method", "call"),
     [
-        (Quality, "filter", 10),  # in the first piece
-        (Quality, "filter", 35),  # in the second, the first being complete
+        (Length, "judge", 10),  # in the first piece
+        (Length, "judge", 35),  # in the second, the first being complete
         (AssignSplit, "run", 2),
         (WriteTokens, "write_tokens", 4),
         (building.shutil, "copytree", 2),  # between the parts that are put in place
@@ -207,24 +220,55 @@ def test_a_second_builder_is_refused(texts, tmp_path):
         made(texts, tmp_path / "corpus")
 
 
-def test_a_step_that_loses_too_much_stops_the_build(texts, tmp_path):
-    with pytest.raises(CorpusError, match=r"quality: only \d+ of \d+ .* corpus.gates.quality asks for 100%.*short"):
-        made(texts, tmp_path / "corpus", gates=Gates(quality=1.0))
-    with pytest.raises(CorpusError, match=r"quality: no document is left; all \d+ were dropped: short \d+"):
-        made(texts, tmp_path / "corpus", rules=Rules(least_characters=10**6))
+def test_a_step_that_loses_too_much_stops_the_build_and_shows_what_it_dropped(texts, tmp_path):
+    strict = STEPS | {"length": Length(gate=1.0)}
+    expected = r"length: only \d+ of \d+ .* corpus.steps.length.gate asks for 100%.*short .*\n  short: .*: 'Too short"
+    with pytest.raises(CorpusError, match=expected):
+        made(texts, tmp_path / "corpus", steps=strict)
+    with pytest.raises(CorpusError, match=r"length: no document is left; all \d+ were dropped: short \d+"):
+        made(texts, tmp_path / "corpus", steps=STEPS | {"length": Length(least_characters=10**6)})
     assert not (tmp_path / "corpus/manifest.json").exists()
 
 
 def test_a_document_that_vanishes_without_a_reason_stops_the_build(texts):
-    step = {"name": "quality", "documents_in": 5, "documents_out": 3, "dropped": {"short": 1}}
+    step = {"name": "length", "documents_in": 5, "documents_out": 3, "dropped": {"short": 1}}
     with pytest.raises(CorpusError, match="of 5 documents 3 came out and 1 were dropped"):
-        check([step], corpus_of(texts))
+        check([step], corpus_of(texts), Path())
+
+
+@dataclass(frozen=True)
+class Erase(DocumentStep):
+    """A step that empties what it judges, and refuses the corpus where it counted enough."""
+
+    most: int = 10**9
+
+    def judge(self, page: Page) -> None:
+        page.counts["seen"] += 2
+        page.text = "  " if len(page.text) % 2 else page.text
+
+    def conclude(self, totals: Counter[str]) -> list[str]:
+        return [f"saw {totals['seen']}"] if totals["seen"] > self.most else []
+
+
+def test_a_document_that_a_step_empties_is_in_quarantine_as_it_came(texts, tmp_path):
+    corpus = made(texts, tmp_path / "corpus", steps={"erase": Erase(kinds=["prose"])}, order=["erase"])
+    (step,) = [step for step in corpus.metrics["steps"] if step["name"] == "erase"]
+    dropped = [d for file in (corpus.path / "quarantine/erase").iterdir() for d in raw(file)]
+    assert step["dropped"] == {"empty": len(dropped)} and dropped
+    assert all(len(d["text"]) % 2 and d["metadata"]["kind"] == "prose" for d in dropped)
+    assert step["counts"] == {"seen": 2 * step["judged"]} and step["judged"] < step["documents_in"]
+    assert step["characters_in"] - step["characters_out"] == sum(len(d["text"]) for d in dropped)
+
+
+def test_a_step_can_refuse_the_corpus_as_a_whole(texts, tmp_path):
+    with pytest.raises(CorpusError, match=r"erase: the corpus as a whole is refused:\n  saw \d+"):
+        made(texts, tmp_path / "corpus", steps={"erase": Erase(most=3)}, order=["erase"])
 
 
 def test_an_old_corpus_stays_whole_while_a_new_one_fails(corpus, texts, tmp_path):
     shutil.copytree(corpus.path, tmp_path / "corpus")
     with pytest.raises(CorpusError):
-        made(texts, tmp_path / "corpus", rules=Rules(least_characters=10**6))
+        made(texts, tmp_path / "corpus", steps=STEPS | {"length": Length(least_characters=10**6)})
     Artifact.read(tmp_path / "corpus", "corpus").verify()
     assert Artifact.read(tmp_path / "corpus").id == corpus.id
 
@@ -377,48 +421,46 @@ def test_rows_of_a_data_set_are_read_by_name(tmp_path):
 # Text
 
 
+def judged(step: DocumentStep, text: str, kind: str = "prose") -> str:
+    """The text as the step leaves it."""
+    page = Page(text, "a", {"kind": kind})
+    assert step.judge(page) is None
+    return page.text
+
+
 @settings(max_examples=300, deadline=None)
-@given(st.text(alphabet=st.sampled_from("a :`<>_.\n\r\té\u0301\x00") | st.characters()), st.booleans())
-def test_normalising_keeps_lines_free_of_trailing_space_and_control_characters(text, strip_markup):
-    result = normalised(text, strip_markup)
+@given(st.text(alphabet=st.sampled_from("a :`<>_.\n\r\té\u0301\x00") | st.characters(exclude_categories=["Cs"])))
+def test_normalising_keeps_lines_free_of_trailing_space_and_control_characters(text):
+    result = judged(Normalise(), text)
     assert all(line == line.rstrip() for line in result.split("\n"))
     assert not {"\r", "\x00", "\ufeff"}.intersection(result)
     assert "\n\n\n\n" not in result
+    assert judged(Normalise(), result) == result
 
 
 def test_markup_is_reduced_to_what_a_reader_sees():
     rst = ".. _label:\n\nSee :ref:`the guide <guide>`, :class:`~a.B` and `site <http://x>`_; write ``x = 1``."
-    assert normalised(rst, True) == "See the guide, a.B and site; write `x = 1`."
+    assert judged(Markup(), rst) == "See the guide, a.B and site; write `x = 1`."
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"),
+    ("bounds", "reason"),
     [
-        (PROSE[1], None),
-        ("a b c d e f " * 50, "word_length"),
-        ("1234 5678 9012 " * 50, "few_letters"),
-        ("Lorem ipsum dolor amet " * 50, "stop_words"),
-        ("# the heading of this\n" * 50, "symbols"),
-        ("- something about the contents of this\n" * 50, "bullets"),
-        ("One line that is to be read with the others.\n" * 50, "repeated_lines"),
+        ({}, None),
+        ({"least_characters": 31}, "short"),
+        ({"most_characters": 29}, "long"),
+        ({"least_characters": 30, "most_characters": 30}, None),
     ],
 )
-def test_prose_is_dropped_for_the_reason_that_applies(text, fault):
-    assert Quality(Rules()).prose_fault(text) == fault
+def test_length_keeps_its_bands_bounds_included(bounds, reason):
+    assert Length(**{"least_characters": 0, **bounds}).judge(Page("x" * 30, "a", {"kind": "prose"})) == reason
 
 
-@pytest.mark.parametrize(
-    ("text", "fault"),
-    [
-        (standard_library(10)[5], None),
-        ("x = 1\n" * 50 + "y" * 2000, "long_line"),
-        (("y = 1 + " * 20 + "1\n") * 50, "line_length"),
-        ("{}()[]; :: =>\n" * 50, "few_letters"),
-        ("# Generated by a tool; do not edit.\n" + "x = 1\n" * 50, "generated"),
-    ],
-)
-def test_code_is_dropped_for_the_reason_that_applies(text, fault):
-    assert Quality(Rules()).code_fault(text) == fault
+def test_views_of_a_text_follow_it():
+    page = Page("a\nb", "a", {})
+    assert page.lines == ["a", "b"]
+    page.text = "c"
+    assert page.lines == ["c"]
 
 
 @given(st.text(), st.floats(0, 0.5), st.floats(0, 0.4))
@@ -432,12 +474,17 @@ def test_growing_the_validation_split_takes_no_document_out_of_it(text, validati
 
 @pytest.mark.parametrize("preset", sorted(file.stem for file in (CONF / "corpus").glob("*.yaml")))
 def test_every_shipped_corpus_composes(preset):
-    needed = {"files": ["corpus.paths=[x]"], "huggingface": ["corpus.sources.huggingface.dataset=x"]}
+    needed = {
+        "text": ["+corpus/source@corpus.sources.x=standard_library"],
+        "files": ["corpus.paths=[x]"],
+        "huggingface": ["corpus.sources.huggingface.dataset=x"],
+    }
     overrides = ["hydra/help=default", f"corpus={preset}", *needed.get(preset, [])]
     with initialize_config_module("conf", version_base="1.3"):
         config = entry.typed(compose("data_pipeline", overrides=overrides), PipelineConfig)
     assert all(source.problems("x") == [] for source in config.corpus.sources.values())
     assert config.run_dir == "runs/corpus"
+    assert config.corpus.ordered or preset in ("chats", "tasks")
 
 
 def test_all_problems_are_found_at_once(texts):
@@ -448,6 +495,9 @@ def test_all_problems_are_found_at_once(texts):
         test=0.5,
         pieces=0,
         sources={"x": Sdists(["Flask"]), "y": Files([])},
+        steps={"length": Length(gate=2), "form": Normalise(form="NFX")},
+        order=["length", "form", "form", "none"],
+        readable=7,
     )
     with pytest.raises(ConfigError) as error:
         raise ConfigError(PipelineConfig(corpus=bad, workers=-1).problems())
@@ -459,4 +509,8 @@ def test_all_problems_are_found_at_once(texts):
         "corpus.pieces",
         "corpus.sources.x.packages",
         "corpus.sources.y.paths",
+        "corpus.steps.length.gate",
+        "corpus.steps.form.form",
+        "corpus.order",
+        "corpus.readable",
     }

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from datatrove.pipeline.tokens.megatron_tokenizer import MegatronDocumentTokenizer
 
-from data_pipeline.corpus.steps.pieces import ENDING, PieceReader, execute, read_piece
-from data_pipeline.corpus.steps.splitting import position
+from data_pipeline.engine.pieces import ENDING, PieceReader, execute, read_piece
+from data_pipeline.engine.splitting import position
 from data_pipeline.shards import Shard, merge
 from data_pipeline.tokenizer import Tokenizer
 

@@ -17,12 +17,13 @@ from typing import Any
 import orjson
 import zstandard
 from datatrove.data import Document, DocumentsPipeline
-from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.readers.base import BaseReader
 from datatrove.pipeline.readers.huggingface import HuggingFaceDatasetReader
 from datatrove.pipeline.readers.jsonl import JsonlReader
 
-from data_pipeline.corpus.sources import SourceError
+from data_pipeline.page import Page
+from data_pipeline.sources.base import SourceError
+from data_pipeline.steps.base import DocumentStep, Verdict
 
 FAULT = "fault"
 """Metadata key: why a document cannot be used."""
@@ -259,11 +260,9 @@ class HubReader(HuggingFaceDatasetReader):
         return record_document(self.origin, str(id_in_file), self.kind, data, self.key)
 
 
-class Usable(BaseFilter):
-    """Drops the documents that a reader found a fault in."""
+@dataclass(frozen=True)
+class Usable(DocumentStep):
+    """Drop the documents that a reader found a fault in."""
 
-    name = "🧾 Usable"
-
-    def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        fault = doc.metadata.get(FAULT)
-        return (False, fault) if fault else True
+    def judge(self, page: Page) -> Verdict:
+        return page.metadata.pop(FAULT, None)

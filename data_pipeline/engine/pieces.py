@@ -26,7 +26,7 @@ from datatrove.utils.stats import PipelineStats
 from loguru import logger
 
 ENDING = ".jsonl.zst"
-MODULES = ("reading", "cleaning", "splitting", "tokenising")
+MODULES = ("readers.reading", "engine.chain", "engine.splitting", "engine.tokenising", "config")
 """Imported once, by the process that workers are forked from."""
 
 
@@ -43,7 +43,7 @@ class Executor(LocalPipelineExecutor):
                 deepcopy(self)._run_for_rank(rank)
             return
         context = multiprocess.get_context("forkserver")
-        context.set_forkserver_preload([f"{__package__}.{name}" for name in MODULES])
+        context.set_forkserver_preload([f"data_pipeline.{name}" for name in MODULES])
         with context.Pool(min(self.workers, len(incomplete)), initializer=_end_with_parent) as pool:
             for _ in pool.imap_unordered(self._run_for_rank, incomplete):
                 pass
@@ -109,14 +109,17 @@ def pieces_of(directory: Path, count: int) -> list[Path]:
 
 
 def read_piece(file: Path) -> Iterator[Document]:
-    """The documents of one piece."""
+    """The documents of one piece; none where nothing was written to it."""
+    if file.exists():
+        yield from (Document(**record) for record in read_records(file))
+
+
+def read_records(file: Path) -> Iterator[dict[str, Any]]:
+    """The records of one file of pieces or of quarantine."""
     import zstandard
 
-    if not file.exists():
-        return
     with zstandard.open(file, "rb") as stream:
-        for line in io.BufferedReader(stream, 2**20):
-            yield Document(**orjson.loads(line))
+        yield from map(orjson.loads, io.BufferedReader(stream, 2**20))
 
 
 class Tally(PipelineStep):
@@ -155,20 +158,15 @@ def writer(directory: Path, filename: str = "${rank}" + ENDING) -> JsonlWriter:
     return JsonlWriter(str(directory), filename, compression="zstd", adapter=_plain)
 
 
-def quarantine(directory: Path, step: str, reason: str = "") -> JsonlWriter:
-    """Writes dropped documents, each with the step and the reason.
+def quarantine(directory: Path) -> JsonlWriter:
+    """Writes dropped documents to `<directory>/<step>/<piece>`, each with the step and the reason that it carries."""
+    return JsonlWriter(str(directory), "${filter_step}/${rank}" + ENDING, compression="zstd", adapter=_labelled)
 
-    Args:
-        directory: where.
-        step: who drops them.
-        reason: the reason where the step has only one.
-    """
 
-    def labelled(self: JsonlWriter, document: Document) -> dict[str, Any]:
-        why = document.metadata.pop("filter_reason", reason)
-        return {"step": step, "reason": why, **_plain(self, document)}
-
-    return JsonlWriter(str(directory), "${rank}" + ENDING, compression="zstd", adapter=labelled)
+def _labelled(self: JsonlWriter, document: Document) -> dict[str, Any]:
+    metadata = {key: value for key, value in document.metadata.items() if not key.startswith("filter_")}
+    labels = {"step": document.metadata["filter_step"], "reason": document.metadata["filter_reason"]}
+    return {**labels, "text": document.text, "id": document.id, "metadata": metadata}
 
 
 def _plain(self: JsonlWriter, document: Document) -> dict[str, Any]:

@@ -243,6 +243,10 @@ def publish(directory: Path, settings: dict[str, Any], steps: Mapping[str, Artif
 
     Whatever was there stays valid until here; from here on there is no manifest until all is in place.
     """
+    counts = [step for made in steps.values() for step in made.metrics["steps"]]
+    account(
+        counts, {dropped.name: dropped for made in steps.values() for dropped in (made.path / "quarantine").glob("*")}
+    )
     (directory / MANIFEST).unlink(missing_ok=True)
     parts = {"tokenizer": steps["tokenizer"].path, "shards": steps["shards"].path}
     for step in steps.values():
@@ -262,7 +266,7 @@ def publish(directory: Path, settings: dict[str, Any], steps: Mapping[str, Artif
     draft = Draft(directory, "corpus", settings, {})
     draft.metrics = {
         "sources": steps["read"].metrics["sources"],
-        "steps": [counts for step in steps.values() for counts in step.metrics["steps"]],
+        "steps": counts,
         "splits": splits,
     }
     draft.facts = {
@@ -276,6 +280,34 @@ def publish(directory: Path, settings: dict[str, Any], steps: Mapping[str, Artif
         if path not in current:
             shutil.rmtree(path)
     return artifact
+
+
+def account(steps: list[dict[str, Any]], quarantine: Mapping[str, Path]) -> None:
+    """Nothing vanished: what a step passed on came in at the next, and what it dropped is in quarantine.
+
+    Args:
+        steps: their counts, in order.
+        quarantine: step -> directory of the documents that it dropped.
+
+    Raises:
+        CorpusError: documents are missing, or there are more than there should be.
+    """
+    from data_pipeline.engine.pieces import read_records
+
+    for before, after in itertools.pairwise(steps):
+        if before["documents_out"] != after["documents_in"]:
+            raise CorpusError(
+                f"{before['name']} passed on {before['documents_out']} documents, {after['documents_in']} came in at "
+                f"{after['name']}. Delete steps/ and build the corpus again."
+            )
+    for step in steps:
+        files = quarantine[step["name"]].iterdir() if step["name"] in quarantine else ()
+        found = Counter(record["reason"] for file in files for record in read_records(file))
+        if found != Counter(step["dropped"]):
+            raise CorpusError(
+                f"{step['name']} dropped {reasons(step['dropped']) or 'nothing'}, its quarantine holds "
+                f"{reasons(found) or 'nothing'}. Delete steps/ and build the corpus again."
+            )
 
 
 def intact(artifact: Artifact) -> bool:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import tarfile
 from collections import Counter
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -22,7 +23,7 @@ from conf.errors import ConfigError, OccupiedError
 from data_pipeline.artifact import Artifact, Draft, LiveRunError, locked
 from data_pipeline.config import PipelineConfig
 from data_pipeline.corpus import build as building
-from data_pipeline.corpus.build import CorpusError, build, check
+from data_pipeline.corpus.build import CorpusError, account, build, check
 from data_pipeline.corpus.text import TextCorpus
 from data_pipeline.engine.pieces import read_piece
 from data_pipeline.engine.splitting import AssignSplit, position, split_of
@@ -234,6 +235,17 @@ def test_a_document_that_vanishes_without_a_reason_stops_the_build(texts):
     step = {"name": "length", "documents_in": 5, "documents_out": 3, "dropped": {"short": 1}}
     with pytest.raises(CorpusError, match="of 5 documents 3 came out and 1 were dropped"):
         check([step], corpus_of(texts), Path())
+
+
+def test_a_document_that_vanishes_between_steps_or_from_quarantine_stops_the_build(corpus, tmp_path):
+    steps = deepcopy(corpus.metrics["steps"])
+    quarantine = {file.name: file for file in (corpus.path / "quarantine").iterdir()}
+    account(steps, quarantine)
+    with pytest.raises(CorpusError, match="exact dropped duplicate 1, its quarantine holds nothing"):
+        account(steps, {name: file for name, file in quarantine.items() if name != "exact"})
+    steps[1]["documents_in"] -= 1
+    with pytest.raises(CorpusError, match=r"read passed on (\d+) documents, \d+ came in at normalise"):
+        account(steps, quarantine)
 
 
 @dataclass(frozen=True)

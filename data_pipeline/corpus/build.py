@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.errors import LongrunError
 from data_pipeline.artifact import MANIFEST, Artifact, Draft, check_kind, fingerprint, finished, locked, recipe_of
+from data_pipeline.card import page as card
 from data_pipeline.chat import CHATML
 from data_pipeline.steps.base import CorpusStep, Step
 from data_pipeline.tokenizer import Tokenizer, train_bpe
@@ -114,14 +115,17 @@ def make_steps(
     def read(draft: Draft) -> None:
         from data_pipeline.engine.chain import Curate, curated
         from data_pipeline.engine.pieces import Tally, execute, tallied, writer
+        from data_pipeline.engine.portrait import Portrait, portrayed
         from data_pipeline.readers.reading import Usable
 
         readers = [reader for source in corpus.sources.values() for reader in source.readers(cache)]
         usable = Curate({"read": Usable()}, draft.path, draft.path / "quarantine")
         tally = Tally(["source", "version", "licence", "url"])
-        pipeline = [*readers, usable, tally, writer(draft.path / "pieces")]
+        portrait = Portrait()
+        pipeline = [*readers, usable, tally, portrait, writer(draft.path / "pieces")]
         totals = execute(pipeline, draft.path / "logs", corpus.pieces, workers)
         draft.metrics["steps"] = curated(["read"], totals[usable.name])
+        draft.metrics["portrait"] = portrayed(totals[portrait.name])
         draft.metrics["sources"] = [
             {"name": name, "version": version, "licence": licence, "url": url, **counts}
             for (name, version, licence, url), counts in sorted(tallied(totals[tally.name]).items())
@@ -149,7 +153,9 @@ def make_steps(
 
         pieces = pieces_of(path(before) / "pieces", corpus.pieces)
         draft.metrics["steps"] = []
-        draft.metrics["splits"] = splitting.split(pieces, draft.path, corpus.validation, corpus.test, workers)
+        draft.metrics["splits"], draft.metrics["portrait"] = splitting.split(
+            pieces, draft.path, corpus.validation, corpus.test, workers
+        )
         if "train" not in draft.metrics["splits"]:
             raise CorpusError(
                 "split: no document is left to train on, all are in validation or test. Give more text, or lower "
@@ -167,6 +173,7 @@ def make_steps(
         draft.metrics["steps"] = []
 
     def shards(draft: Draft) -> None:
+        from data_pipeline.engine.documents import contents
         from data_pipeline.engine.pieces import pieces_of
         from data_pipeline.engine.tokenising import write_shards
 
@@ -177,6 +184,7 @@ def make_steps(
             splits[name] = {"documents": shard.documents, "tokens": len(shard.tokens_T), "largest_token": largest}
             documents += shard.documents
         draft.metrics["splits"] = splits
+        draft.metrics |= contents(draft.path, SPLITS)
         kept = sum(counts["documents"] for counts in done["split"].metrics["splits"].values())
         draft.metrics["steps"] = [{"name": "tokenise", "documents_in": kept, "documents_out": documents, "dropped": {}}]
 
@@ -195,7 +203,7 @@ def make_steps(
         step("tokenizer", chosen("tokenizer"), (), tokenizer, "*.json", "*.jinja")
     else:
         step("tokenizer", chosen("vocabulary", "tokenizer_bytes"), ("split",), tokenizer, "*.json", "*.jinja")
-    step("shards", {}, ("split", "tokenizer"), shards, "*.bin", "*.idx")
+    step("shards", {}, ("split", "tokenizer"), shards, "*.bin", "*.idx", "*.parquet")
     return done
 
 
@@ -268,13 +276,16 @@ def publish(directory: Path, settings: dict[str, Any], steps: Mapping[str, Artif
         "sources": steps["read"].metrics["sources"],
         "steps": counts,
         "splits": splits,
+        "portrait": {"read": steps["read"].metrics["portrait"], "kept": steps["split"].metrics["portrait"]},
+        **{key: steps["shards"].metrics[key] for key in ("tokens", "lengths")},
     }
     draft.facts = {
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocabulary": tokenizer.vocabulary},
         "steps": {name: step.id for name, step in steps.items()},
         "seconds": {name: round(step.duration_s, 1) for name, step in steps.items()},
     }
-    artifact = draft.publish("tokenizer/*", "shards/*", "quarantine/*/*")
+    card.write(directory, draft.metrics, settings, sorted((steps["split"].path / "train").iterdir()))
+    artifact = draft.publish("tokenizer/*", "shards/*", "quarantine/*/*", card.PAGE)
     current = {step.path for step in steps.values()}
     for path in (directory / "steps").iterdir():
         if path not in current:

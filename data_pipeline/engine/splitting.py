@@ -3,11 +3,13 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.engine.pieces import ENDING, PieceReader, Tally, execute, tallied, writer
+from data_pipeline.engine.portrait import Portrait, portrayed
 
 
 class AssignSplit(PipelineStep):
@@ -46,7 +48,7 @@ def position(text: str) -> float:
 
 def split(
     pieces: Sequence[Path], directory: Path, validation: float, test: float, workers: int
-) -> dict[str, dict[str, int]]:
+) -> tuple[dict[str, dict[str, int]], dict[str, Any]]:
     """Write the documents by split to `<directory>/<split>/<piece>`.
 
     Args:
@@ -57,10 +59,11 @@ def split(
         workers: processes.
 
     Returns:
-        Split -> {"documents", "bytes"}.
+        Split -> {"documents", "bytes"}, and the portrait of all documents.
     """
-    tally = Tally(["split"])
+    tally, portrait = Tally(["split"]), Portrait()
     by_split = writer(directory, "${split}/${rank}" + ENDING)
-    pipeline = [PieceReader(pieces), AssignSplit(validation, test), tally, by_split]
+    pipeline = [PieceReader(pieces), AssignSplit(validation, test), tally, portrait, by_split]
     totals = execute(pipeline, directory / "logs", len(pieces), workers)
-    return {name: counts for (name,), counts in tallied(totals[tally.name]).items()}
+    splits = {name: counts for (name,), counts in tallied(totals[tally.name]).items()}
+    return splits, portrayed(totals[portrait.name])

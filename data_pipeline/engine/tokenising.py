@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from datatrove.pipeline.tokens.megatron_tokenizer import MegatronDocumentTokenizer
 
+from data_pipeline.engine import documents
+from data_pipeline.engine.documents import ListDocuments
 from data_pipeline.engine.pieces import ENDING, PieceReader, execute, read_piece
 from data_pipeline.engine.splitting import position
 from data_pipeline.shards import Shard, merge
@@ -57,7 +59,7 @@ class WriteTokens(MegatronDocumentTokenizer):
 def write_shards(
     pieces: Mapping[str, Sequence[Path]], directory: Path, tokenizer: Path, workers: int
 ) -> dict[str, Shard]:
-    """Tokenise every split into `<directory>/<split>.bin`, `.idx`.
+    """Tokenise every split into `<directory>/<split>.bin`, `.idx`, and list its documents beside it.
 
     Args:
         pieces: split -> files of documents.
@@ -69,8 +71,11 @@ def write_shards(
     files = [file for split in pieces.values() for file in split]
     parts = directory / "parts"
     step = WriteTokens(parts, tokenizer, end_of_text)
-    execute([PieceReader(files), step], directory / "logs", len(files), workers)
+    listing = ListDocuments(parts, [number for its_files in pieces.values() for number in range(len(its_files))])
+    execute([PieceReader(files), listing, step], directory / "logs", len(files), workers)
+    listed = (parts / f"{rank:05d}{documents.ENDING}" for rank in range(len(files)))
     written = (Shard(parts / f"{rank:05d}_tokens") for rank in range(len(files)))
     for split, its_files in pieces.items():
         merge([next(written) for _ in its_files], directory / split)
+        documents.merge([next(listed) for _ in its_files], directory / f"{split}{documents.ENDING}")
     return {split: Shard(directory / split) for split in pieces}

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from conf.errors import Problem
 from data_pipeline.page import Page
@@ -32,6 +32,9 @@ class Step(ABC):
             examples, as more likely the step is wrong for this text than the text is bad.
         kinds: kinds of documents that are judged, such as prose and code; others pass untouched. Empty for all.
     """
+
+    topic: ClassVar[str] = ""
+    """Section of the data card that shows what was found: duplicates, personal, contamination or representation."""
 
     gate: float = 0.0
     kinds: list[str] = field(default_factory=list)

@@ -12,7 +12,7 @@ from conf import entry
 from conf.errors import LongrunError
 from conf.registry import register
 from data_pipeline.artifact import MANIFEST, Draft, finished, locked, withdraw, write_atomically
-from tools.report.page import render
+from tools.report.page import BASE, render
 from tools.report.read import KIND, Life, read
 
 PAGE = "report.html"
@@ -66,7 +66,7 @@ def _missing(life: Life) -> dict[str, str]:
 
 def _code() -> str:
     """A page drawn by other code is another page."""
-    files = sorted(file for file in Path(__file__).parent.iterdir() if file.is_file())
+    files = [BASE, *sorted(file for file in Path(__file__).parent.iterdir() if file.is_file())]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

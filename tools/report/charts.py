@@ -11,6 +11,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from data_pipeline.card.figures import compact
+
 SERIES = ("series-1", "series-2", "series-3", "series-4", "series-5", "series-6")
 STAND_INS = {f"#0a00{i:02x}": name for i, name in enumerate((*SERIES, "ink", "muted", "line", "paper"))}
 COLOUR = {name: stand_in for stand_in, name in STAND_INS.items()}
@@ -137,11 +139,3 @@ def smoothed(values: Sequence[float]) -> list[float]:
         near = values[max(0, i - reach) : i + reach + 1]
         means.append(sum(near) / len(near))
     return means
-
-
-def compact(value: float) -> str:
-    """Four digits at most, with a prefix: 12.5k."""
-    for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= scale:
-            return f"{value / scale:.4g}{prefix}"
-    return f"{value:.4g}"

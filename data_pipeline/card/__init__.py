@@ -1,0 +1,1 @@
+"""The data card: `corpus.html` beside the manifest, one page that shows what a corpus was made of and how."""

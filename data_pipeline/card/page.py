@@ -1,0 +1,90 @@
+"""The page: sections put into the template. Every text of a corpus is escaped; the page loads nothing from anywhere."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conf.registry import OPTIONS
+from data_pipeline.artifact import write_atomically
+from data_pipeline.card import contents, figures, samples
+
+if TYPE_CHECKING:
+    from data_pipeline.card.samples import Pair, Sample
+
+HERE = Path(__file__).parent
+PAGE = "corpus.html"
+SHOWN = 20
+"""Rows of a table that are seen at once; the others are folded."""
+
+
+def write(directory: Path, metrics: Mapping[str, Any], settings: Mapping[str, Any], pieces: Sequence[Path]) -> None:
+    """Write `corpus.html` into a corpus.
+
+    Args:
+        directory: of the corpus, with `quarantine/` in place.
+        metrics: of its manifest.
+        settings: its recipe; `settings["steps"]` has name, class, settings and state of each curation step.
+        pieces: files of the train split.
+    """
+    known = {option.__name__: option for (group, _), option in OPTIONS.items() if group == "corpus/step"}
+    topics = {name: getattr(known.get(kind), "topic", "") for name, kind, *_ in settings["steps"]}
+    dropped = {
+        step["name"]: samples.dropped(
+            (directory / "quarantine" / step["name"]).glob("*"), topics.get(step["name"]) == contents.PERSONAL
+        )
+        for step in metrics["steps"]
+        if step["dropped"]
+    }
+    copies = [name for name, topic in topics.items() if topic == contents.DUPLICATES and name in dropped]
+    quarantined = [file for name in copies for file in sorted((directory / "quarantine" / name).glob("*"))]
+    page = render(metrics, settings, topics, dropped, samples.kept(pieces), samples.pairs(pieces, quarantined))
+    write_atomically(directory / PAGE, page)
+
+
+def render(
+    metrics: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    topics: Mapping[str, str],
+    dropped: Mapping[str, dict[str, list["Sample"]]],
+    kept: Sequence["Sample"],
+    pairs: Sequence["Pair"],
+) -> str:
+    """The whole page as HTML.
+
+    Args:
+        metrics: of the manifest.
+        settings: the recipe.
+        topics: step -> section that its findings belong to.
+        dropped: step -> reason -> documents to show.
+        kept: documents to show.
+        pairs: copies and what they are copies of.
+    """
+    import yaml
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {"number": figures.number, "size": figures.size, "share": figures.share}
+    chosen = {name: values for name, _, values, *_ in settings["steps"]}
+    steps = contents.steps(metrics["steps"], topics, chosen, dropped)
+    sources = contents.sources(metrics)
+    others = {key: value for key, value in settings.items() if key not in ("steps", "sources")}
+    return environment.get_template("page.html.jinja").render(
+        title=contents.title(metrics, sources),
+        style=(HERE / "base.css").read_text() + (HERE / "card.css").read_text(),
+        shown=SHOWN,
+        figures=contents.figures(metrics, steps),
+        sources=sources,
+        licences=contents.licences(sources),
+        splits=metrics["splits"],
+        flow=contents.flow(sources, steps, metrics["splits"]),
+        steps=steps,
+        histograms=contents.histograms(metrics),
+        labels={label: rows for label in ("language", "kind") if (rows := contents.labelled(metrics, label))},
+        undated=contents.undated(metrics),
+        topics={topic: [step for step in steps if step.topic == topic] for topic in contents.TOPICS},
+        clusters=contents.clusters(metrics),
+        pairs=pairs,
+        tokenizer=metrics.get("tokenizer", {}),
+        kept=kept,
+        settings=yaml.safe_dump(others, sort_keys=True, allow_unicode=True),
+    )

@@ -1,4 +1,4 @@
-"""Bins of histograms: few enough to be counted for any corpus, and the same for all, so that they add up and compare."""
+"""Bins of histograms: few enough to be counted for any corpus, and the same for all, so that they add up."""
 
 import math
 

@@ -281,9 +281,7 @@ def _years(portrait: Mapping[str, Any]) -> Counts:
 
 
 def _length_names(values: Sequence[float]) -> dict[float, str]:
-    return {
-        float(bin): compact(round(bins.length_from(bin))) for bin in range(int(values[0]), int(values[-1]) + 1)
-    }
+    return {float(bin): compact(round(bins.length_from(bin))) for bin in range(int(values[0]), int(values[-1]) + 1)}
 
 
 def _year_names(values: Sequence[float]) -> dict[float, str]:
@@ -291,7 +289,7 @@ def _year_names(values: Sequence[float]) -> dict[float, str]:
 
 
 def _score_names(values: Sequence[float]) -> dict[float, str]:
-    if 0 <= values[0] and values[-1] < 1:
+    if values[0] >= 0 and values[-1] < 1:
         return {place / 20: f"{place / 20:.2g}" for place in range(20)}
     return {value: f"{value:.3g}" for value in values}
 

@@ -157,5 +157,6 @@ def _mid(a: float, b: float) -> str:
 
 
 def _label(x: float, y: float, anchor: str, name: str, note: str, length: int) -> str:
-    shown = f'<tspan class="name">{escape(cut(name.replace("_", " "), length))}</tspan> <tspan class="small">{escape(note)}</tspan>'
+    short = escape(cut(name.replace("_", " "), length))
+    shown = f'<tspan class="name">{short}</tspan> <tspan class="small">{escape(note)}</tspan>'
     return f'<text x="{x}" y="{y + 4:.1f}" text-anchor="{anchor}">{shown}<title>{escape(name)}</title></text>'

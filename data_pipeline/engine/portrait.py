@@ -1,4 +1,4 @@
-"""What the documents of a corpus are like, counted while they pass: kinds, languages, years, lengths, scores, copies."""
+"""What the documents of a corpus are like, counted while they pass."""
 
 import math
 import re

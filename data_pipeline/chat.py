@@ -12,32 +12,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conf.errors import LongrunError, Problem
+from conf.errors import Problem
 from conf.registry import register
 from data_pipeline.artifact import fingerprint, sha256_of
 from data_pipeline.batch import IGNORED
 from data_pipeline.packing import Packed
 from data_pipeline.records import EmptySetError, message_faults, read_records, without_assistant
+from data_pipeline.templates import TemplateError, template, template_problems, with_template
+from data_pipeline.tool_calls import exchange_faults, tool_faults
 
 if TYPE_CHECKING:
     from data_pipeline.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-Message = dict[str, str]
-"""{"role": "system" | "user" | "assistant" | "tool", "content": text}"""
+Message = dict[str, Any]
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text}; calls of tools as in `tool_calls.py`."""
+Tools = Sequence[dict[str, Any]]
 
-CHATML = (
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
-"""The default chat template (ChatML), written into our own tokenizers."""
-
-
-class TemplateError(LongrunError):
-    """A chat template is missing, fails on a conversation, or does not let the assistant's words be told apart."""
+CHATML = template("chatml")
+"""The default chat template, written into our own tokenizers."""
 
 
 @dataclass(frozen=True)
@@ -70,42 +64,48 @@ class Conversation:
         return self.tokens[: len(labels)], labels
 
 
-def render(tokenizer: "Tokenizer", messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
+def render(
+    tokenizer: "Tokenizer", messages: Sequence[Message], tools: Tools | None = None, *, generation_prompt: bool = False
+) -> str:
     """The conversation as text.
 
     Args:
         tokenizer: whose template is used.
         messages: the turns.
+        tools: that the assistant may call.
         generation_prompt: end with the opening of an assistant turn.
 
     Raises:
         TemplateError: the tokenizer has no template, or the template fails on these messages.
     """
-    return _render(tokenizer, messages, generation_prompt=generation_prompt, marked=False)[0]
+    return _render(tokenizer, messages, tools, generation_prompt=generation_prompt, marked=False)[0]
 
 
-def prompt(tokenizer: "Tokenizer", messages: Sequence[Message]) -> list[int]:
+def prompt(tokenizer: "Tokenizer", messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
     """Tokens after which the assistant's answer begins."""
-    return tokenizer.encode(render(tokenizer, messages, generation_prompt=True))
+    return tokenizer.encode(render(tokenizer, messages, tools, generation_prompt=True))
 
 
-def encode(tokenizer: "Tokenizer", messages: Sequence[Message], first: int = 0) -> Conversation:
+def encode(
+    tokenizer: "Tokenizer", messages: Sequence[Message], first: int = 0, tools: Tools | None = None
+) -> Conversation:
     """Tokens of a conversation, and which of them the assistant says.
 
     Args:
         tokenizer: whose template is used.
         messages: the turns.
         first: assistant turns before this message are context: nothing of them is learned.
+        tools: that the assistant may call.
 
     Raises:
         TemplateError: see `render`; or the template rewrites earlier turns, so that what the assistant says cannot be
             found.
     """
     marked = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template or "") is not None
-    text, spans = _render(tokenizer, messages, generation_prompt=False, marked=marked)
+    text, spans = _render(tokenizer, messages, tools, generation_prompt=False, marked=marked)
     said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not marked:
-        spans = [_span(tokenizer, text, messages, i) for i in said]
+        spans = [_span(tokenizer, text, messages, tools, i) for i in said]
     elif len(spans) != len(said):
         raise _template_error(
             tokenizer,
@@ -123,7 +123,7 @@ def encode(tokenizer: "Tokenizer", messages: Sequence[Message], first: int = 0) 
 
 
 def _render(
-    tokenizer: "Tokenizer", messages: Sequence[Message], *, generation_prompt: bool, marked: bool
+    tokenizer: "Tokenizer", messages: Sequence[Message], tools: Tools | None, *, generation_prompt: bool, marked: bool
 ) -> tuple[str, list[tuple[int, int]]]:
     from jinja2.exceptions import TemplateError as JinjaError
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -133,22 +133,25 @@ def _render(
     try:
         rendered: Any = render_jinja_template(
             conversations=[list(messages)],
+            tools=list(tools) if tools else None,
             chat_template=tokenizer.chat_template,
             add_generation_prompt=generation_prompt,
             return_assistant_tokens_mask=marked,
             **tokenizer.special_tokens,
         )
-    except JinjaError as error:
+    except (JinjaError, TypeError, ValueError) as error:  # the latter of a template that adds text to what is none
         roles = ", ".join(message["role"] for message in messages)
         raise _template_error(tokenizer, f"fails on a conversation of [{roles}]: {error}.") from error
     texts, spans = rendered
     return texts[0], list(spans[0]) if marked else []
 
 
-def _span(tokenizer: "Tokenizer", text: str, messages: Sequence[Message], i: int) -> tuple[int, int]:
+def _span(
+    tokenizer: "Tokenizer", text: str, messages: Sequence[Message], tools: Tools | None, i: int
+) -> tuple[int, int]:
     """Where in `text` assistant message i stands, by rendering what comes before it and what comes up to its end."""
-    before = render(tokenizer, messages[:i], generation_prompt=True)
-    upto = render(tokenizer, messages[: i + 1])
+    before = render(tokenizer, messages[:i], tools, generation_prompt=True)
+    upto = render(tokenizer, messages[: i + 1], tools)
     if not (text.startswith(upto) and upto.startswith(before)):
         raise _template_error(
             tokenizer,
@@ -185,19 +188,26 @@ def chat_faults(record: Any) -> list[str]:
     """What keeps a record from being {"messages": [...]} with something for the assistant to learn."""
     if not isinstance(record, dict):
         return [f'a {type(record).__name__}; expected an object {{"messages": [...]}}']
-    faults = message_faults(record.get("messages"), "messages")
-    if not faults and without_assistant(record["messages"]):
-        roles = ", ".join(message["role"] for message in record["messages"])
-        faults.append(f"no assistant turn among [{roles}]; expected at least one, to be learned")
+    faults = message_faults(record.get("messages"), "messages") + declared_faults(record)
+    if not faults:
+        faults += exchange_faults(record["messages"], record.get("tools"))
+        if without_assistant(record["messages"]):
+            roles = ", ".join(message["role"] for message in record["messages"])
+            faults.append(f"no assistant turn among [{roles}]; expected at least one, to be learned")
     return faults
+
+
+def declared_faults(record: dict[str, Any]) -> list[str]:
+    """What is wrong with the tools that a record declares; it need not declare any."""
+    return tool_faults(record["tools"]) if "tools" in record else []
 
 
 OVERLONG = ("truncate", "drop")
 
 
-def record_problems(path: str, sequence_length: int, overlong: str) -> list[Problem]:
+def record_problems(path: str, sequence_length: int, overlong: str, chat_template: str) -> list[Problem]:
     """What is wrong with the settings that chat and preference data share."""
-    problems = []
+    problems = template_problems("data.chat_template", chat_template)
     if not path:
         problems.append(Problem("data.path", "", "the directory of a chat artifact, for instance runs/demo/tasks"))
     if sequence_length < 2:
@@ -216,14 +226,17 @@ class ChatData:
         path: directory with {train,validation,test}.jsonl of {"messages": [{"role", "content"}, ...]}.
         sequence_length: tokens per window.
         overlong: what happens to a conversation longer than a window: "truncate" cuts its end, "drop" leaves it out.
+        chat_template: one of ours (chatml, llama3, plain, qwen), kept with the model from then on; empty for the
+            tokenizer's own.
     """
 
     path: str = ""
     sequence_length: int = 512
     overlong: str = "truncate"
+    chat_template: str = ""
 
     def problems(self, config: Any, world_size: int) -> list[Problem]:
-        return record_problems(self.path, self.sequence_length, self.overlong)
+        return record_problems(self.path, self.sequence_length, self.overlong, self.chat_template)
 
     def open(self, split: str, tokenizer: "Tokenizer", seed: int) -> Packed:
         """Read, check, encode and pack one split: a pure function of the file, the tokenizer and the seed.
@@ -234,8 +247,9 @@ class ChatData:
             TemplateError: see `encode`.
         """
         file = Path(self.path) / f"{split}.jsonl"
+        tokenizer = with_template(tokenizer, self.chat_template)
         records = read_records(self.path, split, chat_faults)
-        conversations = [encode(tokenizer, record["messages"]) for record in records]
+        conversations = [encode(tokenizer, record["messages"], tools=record.get("tools")) for record in records]
         samples = self.fitting(conversations, str(file))
         made_with = [tokenizer.fingerprint, tokenizer.chat_template]
         parts = ["chat", sha256_of(file), *made_with, self.sequence_length, self.overlong, seed]

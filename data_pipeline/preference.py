@@ -15,8 +15,10 @@ from conf.errors import Problem
 from conf.registry import register
 from data_pipeline.artifact import fingerprint, sha256_of
 from data_pipeline.batch import IGNORED, PreferenceBatch
-from data_pipeline.chat import Conversation, encode, record_problems
+from data_pipeline.chat import Conversation, declared_faults, encode, record_problems
 from data_pipeline.records import EmptySetError, message_faults, read_records, without_assistant
+from data_pipeline.templates import with_template
+from data_pipeline.tool_calls import exchange_faults
 
 if TYPE_CHECKING:
     from data_pipeline.tokenizer import Tokenizer
@@ -34,10 +36,13 @@ def preference_faults(record: Any) -> list[str]:
             f'a {type(record).__name__}; expected an object {{"prompt": [...], "chosen": [...], "rejected": [...]}}'
         ]
     faults = [fault for field in ("prompt", "chosen", "rejected") for fault in message_faults(record.get(field), field)]
+    faults += declared_faults(record)
     if not faults:
         for field in ("chosen", "rejected"):
             if without_assistant(record[field]):
                 faults.append(f"{field} has no assistant turn; expected the answer to the prompt")
+            whole = record["prompt"] + record[field]
+            faults += [f"prompt and {field}: {fault}" for fault in exchange_faults(whole, record.get("tools"))]
         if record["chosen"] == record["rejected"]:
             faults.append("chosen and rejected are equal; expected two different answers")
     return faults
@@ -53,14 +58,17 @@ class PreferenceData:
             of {"role", "content"}.
         sequence_length: most tokens of prompt and answer together.
         overlong: what happens to a pair that is longer: "truncate" cuts the end, "drop" leaves the pair out.
+        chat_template: one of ours (chatml, llama3, plain, qwen), kept with the model from then on; empty for the
+            tokenizer's own.
     """
 
     path: str = ""
     sequence_length: int = 512
     overlong: str = "drop"
+    chat_template: str = ""
 
     def problems(self, config: Any, world_size: int) -> list[Problem]:
-        return record_problems(self.path, self.sequence_length, self.overlong)
+        return record_problems(self.path, self.sequence_length, self.overlong, self.chat_template)
 
     def open(self, split: str, tokenizer: "Tokenizer", seed: int) -> "PreferencePairs":
         """Read, check and encode one split. `seed` is not used: a pair is a sample, and the loader orders samples.
@@ -71,15 +79,22 @@ class PreferenceData:
             TemplateError: see `data_pipeline.chat.encode`.
         """
         stem = f"preferences_{split}"
+        tokenizer = with_template(tokenizer, self.chat_template)
         records = read_records(self.path, stem, preference_faults)
         pairs = [
             tuple(
-                encode(tokenizer, record["prompt"] + record[side], first=len(record["prompt"]))
+                encode(tokenizer, record["prompt"] + record[side], len(record["prompt"]), record.get("tools"))
                 for side in ("chosen", "rejected")
             )
             for record in records
         ]
         source = Path(self.path) / f"{stem}.jsonl"
+        silent = [i + 1 for i, pair in enumerate(pairs) if not all(any(side.learned) for side in pair)]
+        if silent:
+            raise EmptySetError(
+                f"{source}: {len(silent)} pairs have an answer without a token to learn, the first in line {silent[0]}: "
+                "the chat template renders nothing of it. Mend its {% generation %} marks."
+            )
         made_with = [tokenizer.fingerprint, tokenizer.chat_template]
         name = fingerprint(["preference", sha256_of(source), *made_with, self.sequence_length, self.overlong])
         return PreferencePairs(pairs, self.sequence_length, self.overlong, tokenizer.pad, str(source), name)

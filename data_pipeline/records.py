@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import LongrunError
+from data_pipeline.rows import rows
+from data_pipeline.tool_calls import call_faults
 
 ROLES = ("system", "user", "assistant", "tool")
 KIND = "chat"
@@ -32,6 +34,7 @@ def read_records(directory: str | Path, stem: str, faults: Callable[[Any], list[
 
     Raises:
         RecordError: lists every record that is not JSON or has a fault.
+        FileError: the file cannot be read.
         EmptySetError: there is no such file, or no record in it.
     """
     file = Path(directory) / f"{stem}.jsonl"
@@ -41,24 +44,21 @@ def read_records(directory: str | Path, stem: str, faults: Callable[[Any], list[
             f"{file} does not exist; the directory holds {present}. Give the directory of a chat artifact."
         )
     records, bad = [], []
-    with open(file, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                bad.append(
-                    f"{file}:{number}: not JSON ({error.msg} at column {error.colno}); expected one object per line"
-                )
-                continue
-            bad += [f"{file}:{number}: {fault}" for fault in faults(record)]
-            records.append(record)
+    for row in rows(file):
+        bad += [f"{file}:{row.number}: {fault}" for fault in ([row.fault] if row.reason else faults(row.value))]
+        records.append(row.value)
     if bad:
-        more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        count = "1 fault" if len(bad) == 1 else f"{len(bad)} faults"
-        raise RecordError(f"{count} in {file}; nothing was started.\n  " + "\n  ".join(bad[:SHOWN]) + more)
+        raise RecordError(listed(bad, "fault", file))
     if not records:
         raise EmptySetError(f"{file} holds no record; there is nothing to train on or to measure.")
     return records
+
+
+def listed(faults: Sequence[str], noun: str, where: object) -> str:
+    """The message of an error that lists faults: how many, the first of them, and that no more was done."""
+    more = f"\n  and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+    count = f"1 {noun}" if len(faults) == 1 else f"{len(faults)} {noun}s"
+    return f"{count} in {where}; nothing was started.\n  " + "\n  ".join(faults[:SHOWN]) + more
 
 
 def write_records(file: Path, records: Sequence[dict[str, Any]]) -> int:
@@ -69,35 +69,40 @@ def write_records(file: Path, records: Sequence[dict[str, Any]]) -> int:
 
 
 def message_faults(messages: Any, field: str) -> list[str]:
-    """What keeps `messages` from being a list of {"role", "content"}.
+    """What keeps `messages` from being a list of {"role", "content"}, each with calls of tools at most.
 
     Args:
         messages: the value found.
         field: where it was found, for the message.
     """
     if not isinstance(messages, list) or not messages:
-        return [f"{field} is {_found(messages)}; expected a list of messages"]
+        return [f"{field} is {found(messages)}; expected a list of messages"]
     faults = []
     for number, message in enumerate(messages):
         where = f"{field}[{number}]"
         if not isinstance(message, dict):
-            faults.append(f'{where} is {_found(message)}; expected {{"role": ..., "content": ...}}')
+            faults.append(f'{where} is {found(message)}; expected {{"role": ..., "content": ...}}')
             continue
         if message.get("role") not in ROLES:
             faults.append(f"{where}.role is {message.get('role')!r}; expected one of {', '.join(ROLES)}")
         content = message.get("content")
         if not isinstance(content, str):
-            faults.append(f"{where}.content is {_found(content)}; expected text")
-        elif message.get("role") == "assistant" and not content.strip():
+            faults.append(f"{where}.content is {found(content)}; expected text")
+        elif message.get("role") == "assistant" and not content.strip() and "tool_calls" not in message:
             faults.append(f"{where} is an empty assistant turn; expected text to learn, or no such turn")
+        if "tool_calls" in message:
+            faults += call_faults(message["tool_calls"], where)
+            if message.get("role") != "assistant":
+                faults.append(f"{where} has tool_calls; only the assistant may call")
     return faults
 
 
-def without_assistant(messages: list[dict[str, str]]) -> bool:
+def without_assistant(messages: list[dict[str, Any]]) -> bool:
     return not any(message["role"] == "assistant" for message in messages)
 
 
-def _found(value: Any) -> str:
+def found(value: Any) -> str:
+    """A value, for a message: its type and its beginning."""
     if value is None:
         return "missing"
     text = json.dumps(value)

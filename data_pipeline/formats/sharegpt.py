@@ -1,0 +1,56 @@
+"""{"conversations": [{"from": "human" | "gpt" | ..., "value"}, ...], "system"?, "tools"?}: exports of chats."""
+
+from typing import Any
+
+from data_pipeline.formats.base import (
+    CHAT,
+    Example,
+    Format,
+    Record,
+    arguments_of,
+    messages,
+    offered,
+    others,
+    says,
+    text,
+    tools,
+)
+from data_pipeline.rows import Unfit, parsed
+
+
+@offered("sharegpt")
+class ShareGPT(Format):
+    """Turns are `from` and `value`. A turn from `function_call` holds {"name", "arguments"}, or a list of them, as text."""
+
+    keys = ("conversations",)
+
+    def convert(self, record: Record, faults: list[str]) -> list[Example]:
+        head = [says("system", text(record, "system", faults))] if record.get("system") else []
+        said = record["conversations"]
+        openai = isinstance(said, list) and any(isinstance(turn, dict) and "role" in turn for turn in said)
+        names = {} if openai else {"role": "from", "content": "value"}
+        converted = messages(said, "conversations", faults, **names)
+        for number, turn in enumerate(converted):
+            if turn["role"] == "function_call":
+                calls = _calls(turn["content"], f"conversations[{number}]", faults)
+                turn |= {"role": "assistant", "content": "", "tool_calls": calls}
+        left = others(record, "conversations", "system", "tools")
+        return [Example(CHAT, {"messages": head + converted, **tools(record, faults), **left})]
+
+
+def _calls(content: Any, where: str, faults: list[str]) -> list[Record]:
+    """What a turn from `function_call` calls."""
+    try:
+        value = parsed(content.encode()) if isinstance(content, str) else content
+    except Unfit as unfit:
+        faults.append(f"{where}.value: {unfit.fault}")
+        return []
+    calls = value if isinstance(value, list) else [value]
+    converted = []
+    for call in calls:
+        if not isinstance(call, dict) or "name" not in call:
+            faults.append(f'{where}.value is no call; expected {{"name": ..., "arguments": {{...}}}}')
+            continue
+        arguments = arguments_of(call.get("arguments", call.get("parameters")), f"{where}.value.arguments", faults)
+        converted.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
+    return converted

@@ -22,6 +22,8 @@ from data_pipeline.templates import TemplateError, template, template_problems, 
 from data_pipeline.tool_calls import exchange_faults, tool_faults
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
+
     from data_pipeline.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -112,12 +114,16 @@ def encode(
             f"marks {len(spans)} generations in a conversation of {len(said)} assistant turns. "
             "Put {% generation %} around the content and the end of turn of every assistant message.",
         )
-    tokens = tokenizer.encode(text)
+    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    tokens = encoding.ids
     learned = [False] * len(tokens)
     for i, (start, end) in zip(said, spans, strict=True):
         if i >= first:
-            begin, stop = (_common_prefix(tokens, tokenizer.encode(text[:bound])) for bound in (start, end))
-            stop = stop if marked else _end_of_turn(tokenizer, tokens, begin, stop)
+            if marked:
+                begin, stop = _covered(encoding, start, end)
+            else:
+                begin, stop = (_common_prefix(tokens, tokenizer.encode(text[:bound])) for bound in (start, end))
+                stop = _end_of_turn(tokenizer, tokens, begin, stop)
             learned[begin:stop] = [True] * (stop - begin)
     return Conversation(tokens, learned)
 
@@ -166,6 +172,12 @@ def _template_error(tokenizer: "Tokenizer", what: str) -> TemplateError:
     template = tokenizer.chat_template or ""
     excerpt = f" ({template[:60]!r}...)" if template else ""
     return TemplateError(f"The chat template of {tokenizer.source}{excerpt} {what}")
+
+
+def _covered(encoding: "Encoding", start: int, end: int) -> tuple[int, int]:
+    """The tokens that a span of text has a part in, as transformers counts them."""
+    inside = [token for token in map(encoding.char_to_token, range(start, end)) if token is not None]
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
 def _common_prefix(tokens: list[int], others: list[int]) -> int:

@@ -1,4 +1,4 @@
-"""Answers that were each found good or bad, without a second one to compare (Ethayarajh et al. 2024, arXiv:2402.01306)."""
+"""Answers found good or bad, each without a second one to compare (Ethayarajh et al. 2024, arXiv:2402.01306)."""
 
 from typing import Any
 

@@ -92,7 +92,7 @@ class PreferenceData:
         silent = [i + 1 for i, pair in enumerate(pairs) if not all(any(side.learned) for side in pair)]
         if silent:
             raise EmptySetError(
-                f"{source}: {len(silent)} pairs have an answer without a token to learn, the first in line {silent[0]}: "
+                f"{source}: {len(silent)} pairs have an answer with no token to learn, the first in line {silent[0]}: "
                 "the chat template renders nothing of it. Mend its {% generation %} marks."
             )
         made_with = [tokenizer.fingerprint, tokenizer.chat_template]

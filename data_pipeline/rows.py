@@ -46,7 +46,7 @@ class Row:
     beginning: str = ""
 
 
-class Unfit(Exception):
+class UnfitRowError(Exception):
     """Why a row is no record: `reason` in snake_case, `fault` in words."""
 
     def __init__(self, reason: str, fault: str):
@@ -72,40 +72,42 @@ def parsed(line: bytes) -> Any:
     """The value of one line of JSON.
 
     Raises:
-        Unfit: says why it is no record.
+        UnfitRowError: says why it is no record.
     """
     try:
         value = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         byte = line[error.start]
-        raise Unfit("not_utf8", f"byte {byte:#04x} at {error.start} is not UTF-8; expected a line in UTF-8") from error
+        raise UnfitRowError(
+            "not_utf8", f"byte {byte:#04x} at {error.start} is not UTF-8; expected a line in UTF-8"
+        ) from error
     except json.JSONDecodeError as error:
         fault = f"not JSON ({error.msg} at column {error.colno}); expected one object per line"
-        raise Unfit("not_json", fault) from error
+        raise UnfitRowError("not_json", fault) from error
     except ValueError as error:  # a number of thousands of digits
-        raise Unfit("not_json", f"not JSON ({error}); expected one object per line") from error
+        raise UnfitRowError("not_json", f"not JSON ({error}); expected one object per line") from error
     except RecursionError as error:
-        raise Unfit("too_deep", f"nested too deeply; expected at most {DEEPEST} levels") from error
+        raise UnfitRowError("too_deep", f"nested too deeply; expected at most {DEEPEST} levels") from error
     check(value)
     return value
 
 
 def check(value: Any, level: int = 0) -> None:
-    """Raise Unfit where a value, or one within it, cannot be written as JSON in UTF-8."""
+    """Raise UnfitRowError where a value, or one within it, cannot be written as JSON in UTF-8."""
     if isinstance(value, str):
         if "\0" in value:
-            raise Unfit("nul", f"a NUL character in {value[:40]!r}; expected text without")
+            raise UnfitRowError("nul", f"a NUL character in {value[:40]!r}; expected text without")
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise Unfit("not_unicode", f"half of a surrogate pair in {value[:40]!r}; expected whole characters")
+            raise UnfitRowError("not_unicode", f"half of a surrogate pair in {value[:40]!r}; expected whole characters")
     elif isinstance(value, dict | list):
         if level == DEEPEST:
-            raise Unfit("too_deep", f"nested too deeply; expected at most {DEEPEST} levels")
+            raise UnfitRowError("too_deep", f"nested too deeply; expected at most {DEEPEST} levels")
         for inner in value if isinstance(value, list) else [*value, *value.values()]:
             check(inner, level + 1)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise Unfit("not_json", f"the number {value}; expected a finite one")
+        raise UnfitRowError("not_json", f"the number {value}; expected a finite one")
     elif not (value is None or isinstance(value, bool | int | float)):
-        raise Unfit("not_json", f"a value of type {type(value).__name__}; expected what JSON can say")
+        raise UnfitRowError("not_json", f"a value of type {type(value).__name__}; expected what JSON can say")
 
 
 def _no_constant(name: str) -> None:
@@ -134,10 +136,10 @@ def _json_lines(chunks_of: Callable[[Path], Iterator[bytes]]) -> Callable[[Path]
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             try:
                 if length > LONGEST_LINE:
-                    raise Unfit("too_long", f"a line of {length:,} bytes; expected at most {LONGEST_LINE:,}")
+                    raise UnfitRowError("too_long", f"a line of {length:,} bytes; expected at most {LONGEST_LINE:,}")
                 if line.strip():
                     yield Row(number, parsed(line))
-            except Unfit as unfit:
+            except UnfitRowError as unfit:
                 beginning = line[: 4 * SHOWN].decode("utf-8", errors="replace")[:SHOWN]
                 yield Row(number, None, unfit.reason, unfit.fault, beginning)
 
@@ -208,7 +210,7 @@ def _checked(values: Any) -> Iterator[Row]:
     for number, value in enumerate(values, 1):
         try:
             check(value)
-        except Unfit as unfit:
+        except UnfitRowError as unfit:
             yield Row(number, None, unfit.reason, unfit.fault, ascii(value)[:SHOWN])
         else:
             yield Row(number, value)

@@ -1,6 +1,6 @@
-"""{"instruction", "input"?, "output", "system"?, "history"?}: instructions as in Stanford Alpaca (Taori et al. 2023)."""
+"""{"instruction", "input"?, "output", "system"?, "history"?}, as in Stanford Alpaca (Taori et al. 2023)."""
 
-from data_pipeline.formats.base import CHAT, Example, Format, Record, offered, others, says, text, tools
+from data_pipeline.formats.base import CHAT, Converted, Format, Record, offered, others, says, text, tools
 from data_pipeline.records import found
 
 
@@ -10,7 +10,7 @@ class Alpaca(Format):
 
     keys = ("instruction", "output")
 
-    def convert(self, record: Record, faults: list[str]) -> list[Example]:
+    def convert(self, record: Record, faults: list[str]) -> list[Converted]:
         instruction, answer = text(record, "instruction", faults), text(record, "output", faults)
         given = text(record, "input", faults, may_be_empty=True)
         head = [says("system", text(record, "system", faults))] if record.get("system") else []
@@ -22,4 +22,4 @@ class Alpaca(Format):
         question = f"{instruction}\n\n{given}" if given.strip() else instruction
         left = others(record, "instruction", "input", "output", "system", "history", "tools")
         said = [*head, says("user", question), says("assistant", answer)]
-        return [Example(CHAT, {"messages": said, **tools(record, faults), **left})]
+        return [Converted(CHAT, {"messages": said, **tools(record, faults), **left})]

@@ -36,7 +36,7 @@ class FormatError(LongrunError):
 
 
 @dataclass(frozen=True)
-class Example:
+class Converted:
     """One record in our own shape.
 
     Args:
@@ -54,7 +54,7 @@ class Format:
     keys: tuple[str, ...] = ()
     """Names by which a record is recognised."""
 
-    def convert(self, record: Record, faults: list[str]) -> list[Example]:
+    def convert(self, record: Record, faults: list[str]) -> list[Converted]:
         """A record in our own shapes. What is no part of the format goes along unchanged.
 
         Args:

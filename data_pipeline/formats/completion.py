@@ -1,6 +1,6 @@
 """{"prompt", "completion"}: texts, or messages."""
 
-from data_pipeline.formats.base import CHAT, Example, Format, Record, offered, others, tools, turns
+from data_pipeline.formats.base import CHAT, Converted, Format, Record, offered, others, tools, turns
 
 
 @offered("completion")
@@ -9,8 +9,8 @@ class Completion(Format):
 
     keys = ("prompt", "completion")
 
-    def convert(self, record: Record, faults: list[str]) -> list[Example]:
+    def convert(self, record: Record, faults: list[str]) -> list[Converted]:
         asked = turns(record["prompt"], "prompt", "user", faults)
         answer = turns(record["completion"], "completion", "assistant", faults)
         left = others(record, "prompt", "completion", "tools")
-        return [Example(CHAT, {"messages": asked + answer, **tools(record, faults), **left})]
+        return [Converted(CHAT, {"messages": asked + answer, **tools(record, faults), **left})]

@@ -1,6 +1,6 @@
-"""{"prompt", "completion", "label"}: one answer and whether it is good (KTO, Ethayarajh et al. 2024, arXiv:2402.01306)."""
+"""{"prompt", "completion", "label"}: one answer, and whether it is good (Ethayarajh et al. 2024, arXiv:2402.01306)."""
 
-from data_pipeline.formats.base import KTO, Example, Format, Record, offered, others, tools, turns
+from data_pipeline.formats.base import KTO, Converted, Format, Record, offered, others, tools, turns
 from data_pipeline.records import found
 
 
@@ -10,7 +10,7 @@ class Kto(Format):
 
     keys = ("prompt", "completion", "label")
 
-    def convert(self, record: Record, faults: list[str]) -> list[Example]:
+    def convert(self, record: Record, faults: list[str]) -> list[Converted]:
         converted = {
             "prompt": turns(record["prompt"], "prompt", "user", faults),
             "completion": turns(record["completion"], "completion", "assistant", faults),
@@ -19,4 +19,4 @@ class Kto(Format):
         if record["label"] not in (0, 1):
             faults.append(f"label is {found(record['label'])}; expected true or false")
         left = others(record, "prompt", "completion", "label", "tools")
-        return [Example(KTO, {**converted, **tools(record, faults), **left})]
+        return [Converted(KTO, {**converted, **tools(record, faults), **left})]

@@ -1,6 +1,6 @@
 """{"messages": [{"role", "content"}, ...]}: OpenAI's, and our own."""
 
-from data_pipeline.formats.base import CHAT, Example, Format, Record, messages, offered, others, tools
+from data_pipeline.formats.base import CHAT, Converted, Format, Record, messages, offered, others, tools
 
 
 @offered("messages")
@@ -9,6 +9,6 @@ class Messages(Format):
 
     keys = ("messages",)
 
-    def convert(self, record: Record, faults: list[str]) -> list[Example]:
+    def convert(self, record: Record, faults: list[str]) -> list[Converted]:
         converted = {"messages": messages(record["messages"], "messages", faults), **tools(record, faults)}
-        return [Example(CHAT, {**converted, **others(record, "messages", "tools")})]
+        return [Converted(CHAT, {**converted, **others(record, "messages", "tools")})]

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_pipeline.formats.base import (
     PREFERENCE,
-    Example,
+    Converted,
     Format,
     Record,
     offered,
@@ -31,7 +31,7 @@ class Preference(Format):
 
     keys = ("chosen", "rejected")
 
-    def convert(self, record: Record, faults: list[str]) -> list[Example]:
+    def convert(self, record: Record, faults: list[str]) -> list[Converted]:
         head = [says("system", text(record, "system", faults))] if record.get("system") else []
         sides = {side: _turns(record[side], side, "assistant", faults) for side in ("chosen", "rejected")}
         prompt: list[Record] = []
@@ -51,7 +51,7 @@ class Preference(Format):
                 )
         answers = {side: said[repeated:] for side, said in sides.items()}
         left = others(record, "prompt", "chosen", "rejected", "system", "tools")
-        return [Example(PREFERENCE, {"prompt": head + prompt, **answers, **tools(record, faults), **left})]
+        return [Converted(PREFERENCE, {"prompt": head + prompt, **answers, **tools(record, faults), **left})]
 
 
 def _shared(chosen: list[Record], rejected: list[Record]) -> int:

@@ -1,13 +1,17 @@
-"""Several answers to one prompt, in an order: {"prompt", "ranked": best first}, or {"prompt", "responses", "scores"} (more
-is better), or {"prompt", "responses", "ranks"} (1 is best), or {"prompt", "responses": [{"content", "score" | "rank"}]}.
+"""Several answers to one prompt, in an order.
 
-Every pair of answers that are not ranked alike becomes a preference (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
+    {"prompt", "ranked": [best, ..., worst]}
+    {"prompt", "responses": [...], "scores": [...]}    more is better
+    {"prompt", "responses": [...], "ranks": [...]}     1 is best
+    {"prompt", "responses": [{"content", "score" | "rank"}, ...]}
+
+Every two answers that are not ranked alike become a preference (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
 """
 
 from itertools import combinations
 from typing import Any
 
-from data_pipeline.formats.base import PREFERENCE, Example, Format, Record, offered, others, tools, turns
+from data_pipeline.formats.base import PREFERENCE, Converted, Format, Record, offered, others, tools, turns
 from data_pipeline.records import found
 
 LEAST = 2
@@ -20,7 +24,7 @@ class Ranking(Format):
 
     keys = ("prompt", "responses")
 
-    def convert(self, record: Record, faults: list[str]) -> list[Example]:
+    def convert(self, record: Record, faults: list[str]) -> list[Converted]:
         return _pairs(record, _scored(record, faults), faults)
 
 
@@ -30,7 +34,7 @@ class Ranked(Format):
 
     keys = ("prompt", "ranked")
 
-    def convert(self, record: Record, faults: list[str]) -> list[Example]:
+    def convert(self, record: Record, faults: list[str]) -> list[Converted]:
         if not isinstance(record["ranked"], list):
             faults.append(f"ranked is {found(record['ranked'])}; expected a list of answers, the best first")
             return []
@@ -62,7 +66,7 @@ def _marked(answer: Any, where: str, faults: list[str]) -> tuple[Any, float]:
         if key and content is not None:
             return content, _number(answer[key], f"{where}.{key}", key, faults)
     faults.append(
-        f'{where} is {found(answer)}; expected {{"content": ..., "score": ...}}, or scores or ranks beside the responses'
+        f'{where} is {found(answer)}; expected {{"content": ..., "score": ...}}, or scores or ranks beside responses'
     )
     return answer, 0.0
 
@@ -75,7 +79,7 @@ def _number(value: Any, where: str, key: str, faults: list[str]) -> float:
     return -value if key.startswith("rank") else value
 
 
-def _pairs(record: Record, scored: list[tuple[Any, float]], faults: list[str]) -> list[Example]:
+def _pairs(record: Record, scored: list[tuple[Any, float]], faults: list[str]) -> list[Converted]:
     """Every two answers of different rank, the better first."""
     if len(scored) < LEAST and not faults:
         faults.append(f"{len(scored)} answers; expected at least {LEAST} to compare")
@@ -93,4 +97,4 @@ def _pairs(record: Record, scored: list[tuple[Any, float]], faults: list[str]) -
     ]
     if not pairs and not faults:
         faults.append("all answers are alike or ranked alike; expected two that differ in both")
-    return [Example(PREFERENCE, pair) for pair in pairs]
+    return [Converted(PREFERENCE, pair) for pair in pairs]

@@ -4,7 +4,7 @@ from typing import Any
 
 from data_pipeline.formats.base import (
     CHAT,
-    Example,
+    Converted,
     Format,
     Record,
     arguments_of,
@@ -15,16 +15,16 @@ from data_pipeline.formats.base import (
     text,
     tools,
 )
-from data_pipeline.rows import Unfit, parsed
+from data_pipeline.rows import UnfitRowError, parsed
 
 
 @offered("sharegpt")
 class ShareGPT(Format):
-    """Turns are `from` and `value`. A turn from `function_call` holds {"name", "arguments"}, or a list of them, as text."""
+    """Turns are `from` and `value`; one from `function_call` holds {"name", "arguments"}, or a list of those."""
 
     keys = ("conversations",)
 
-    def convert(self, record: Record, faults: list[str]) -> list[Example]:
+    def convert(self, record: Record, faults: list[str]) -> list[Converted]:
         head = [says("system", text(record, "system", faults))] if record.get("system") else []
         said = record["conversations"]
         openai = isinstance(said, list) and any(isinstance(turn, dict) and "role" in turn for turn in said)
@@ -35,14 +35,14 @@ class ShareGPT(Format):
                 calls = _calls(turn["content"], f"conversations[{number}]", faults)
                 turn |= {"role": "assistant", "content": "", "tool_calls": calls}
         left = others(record, "conversations", "system", "tools")
-        return [Example(CHAT, {"messages": head + converted, **tools(record, faults), **left})]
+        return [Converted(CHAT, {"messages": head + converted, **tools(record, faults), **left})]
 
 
 def _calls(content: Any, where: str, faults: list[str]) -> list[Record]:
     """What a turn from `function_call` calls."""
     try:
         value = parsed(content.encode()) if isinstance(content, str) else content
-    except Unfit as unfit:
+    except UnfitRowError as unfit:
         faults.append(f"{where}.value: {unfit.fault}")
         return []
     calls = value if isinstance(value, list) else [value]

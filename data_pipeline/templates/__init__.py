@@ -4,6 +4,7 @@ declared tools and the calls. `docs/post_training_data.md` says how each renders
 transformers and vLLM know the mark and take it away when they render.
 """
 
+import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from conf.errors import LongrunError, Problem
 
 if TYPE_CHECKING:
     from data_pipeline.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 DIRECTORY = Path(__file__).parent
 NAMES = tuple(sorted(file.stem for file in DIRECTORY.glob("*.jinja")))
@@ -63,4 +66,22 @@ def with_template(tokenizer: "Tokenizer", name: str) -> "Tokenizer":
             f"chat_template={name} needs special tokens that {tokenizer.source} lacks: {', '.join(missing)}. "
             f"Take {' or '.join(fitting)}, or a tokenizer that has them."
         )
-    return Tokenizer(tokenizer.backend, tokenizer.config, template(name), tokenizer.source)
+    chosen = Tokenizer(tokenizer.backend, tokenizer.config, template(name), tokenizer.source)
+    if not _parts_at_the_answer(chosen):
+        log.warning(
+            "chat_template=%s: %s joins the white space that ends a prompt differently once an answer follows, so that "
+            "the model is asked in tokens that it was not trained on. Take another template.",
+            name,
+            tokenizer.source,
+        )
+    return chosen
+
+
+def _parts_at_the_answer(tokenizer: "Tokenizer") -> bool:
+    """Whether the tokens of a prompt are the first of those of prompt and answer."""
+    from data_pipeline import chat
+
+    asked = [{"role": "user", "content": "Which number?"}]
+    opening = chat.prompt(tokenizer, asked)
+    whole = tokenizer.encode(chat.render(tokenizer, [*asked, {"role": "assistant", "content": "The answer is 7."}]))
+    return whole[: len(opening)] == opening

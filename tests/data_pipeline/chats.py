@@ -17,6 +17,14 @@ CONVERSATION = [
     {"role": "assistant", "content": "Lazy, d'oh! Über"},
 ]
 
+UNMARKED = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+"""ChatML as most models bring it: without a mark around what the assistant says."""
+
 
 @cache
 def _trained() -> Tokenizer:

@@ -7,7 +7,7 @@ from conf.registry import OPTIONS
 from data_pipeline.batch import IGNORED
 from data_pipeline.chat import CHATML, ChatData, Conversation, TemplateError, encode, prompt, render
 from data_pipeline.records import EmptySetError, RecordError
-from tests.data_pipeline.chats import CONVERSATION, tokenizer, write_jsonl
+from tests.data_pipeline.chats import CONVERSATION, UNMARKED, tokenizer, write_jsonl
 
 MARKED = (
     "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' }}"
@@ -44,23 +44,25 @@ def chats(n: int) -> list:
 
 
 def test_what_the_assistant_says_and_its_end_of_turn_are_learned_and_nothing_else():
-    chatml = tokenizer()
+    chatml = tokenizer(UNMARKED)
     assert said(chatml, encode(chatml, CONVERSATION)) == "It is quick.<|im_end|>Lazy, d'oh! Über<|im_end|>"
 
 
 def test_marks_in_the_template_and_rendered_prefixes_find_the_same_tokens():
+    assert encode(tokenizer(MARKED), CONVERSATION) == encode(tokenizer(UNMARKED), CONVERSATION)
     assert encode(tokenizer(MARKED), CONVERSATION) == encode(tokenizer(CHATML), CONVERSATION)
 
 
 def test_earlier_turns_may_be_context_only():
-    chatml = tokenizer()
+    chatml = tokenizer(UNMARKED)
     assert said(chatml, encode(chatml, CONVERSATION, first=3)) == "Lazy, d'oh! Über<|im_end|>"
     assert said(chatml, encode(tokenizer(MARKED), CONVERSATION, first=3)) == "Lazy, d'oh! Über<|im_end|>"
 
 
 @pytest.mark.parametrize("content", ["\n\n\nWhat", "  Yes", "\n", "4", "é", "\t\n Yes"])
-def test_an_answer_that_starts_with_white_space_is_learned_whole(content):
-    chatml = tokenizer()
+@pytest.mark.parametrize("template", [CHATML, UNMARKED], ids=["marked", "unmarked"])
+def test_an_answer_that_starts_with_white_space_is_learned_whole(content, template):
+    chatml = tokenizer(template)
     messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": content}]
     conversation = encode(chatml, messages)
     assert conversation.tokens == chatml.encode(render(chatml, messages))

@@ -44,12 +44,12 @@ def test_a_file_of_conversations_becomes_splits_that_training_reads(tmp_path, ca
 
 
 def test_splits_that_are_there_are_kept_and_preferences_come_along(tmp_path):
-    for stem, rows in {"train": TALK[:9], "validation": TALK[9:12], "preferences_train": PAIRS}.items():
+    for stem, rows in {"train": TALK[:9], "validation": TALK[9:12], "preferences_train": PAIRS[:1]}.items():
         write_jsonl(tmp_path / "mine" / f"{stem}.jsonl", rows)
-    write_jsonl(tmp_path / "mine" / "preferences_validation.jsonl", PAIRS[:1])
+    write_jsonl(tmp_path / "mine" / "preferences_validation.jsonl", PAIRS[1:])
     make(tmp_path / "mine", tmp_path / "run")
     assert records(tmp_path / "run", "train") == TALK[:9] and records(tmp_path / "run", "validation") == TALK[9:12]
-    assert records(tmp_path / "run", "preferences_validation") == PAIRS[:1]
+    assert records(tmp_path / "run", "preferences_validation") == PAIRS[1:]
 
 
 def test_nothing_of_an_earlier_artifact_or_of_another_kind_is_mixed_in(tmp_path):

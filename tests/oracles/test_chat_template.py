@@ -3,7 +3,7 @@
 import pytest
 
 from data_pipeline.chat import CHATML, encode, prompt, render
-from tests.data_pipeline.chats import CONVERSATION, tokenizer
+from tests.data_pipeline.chats import CONVERSATION, UNMARKED, tokenizer
 from tests.data_pipeline.test_chat import MARKED
 
 LLAMA_LIKE = (
@@ -55,4 +55,4 @@ def test_the_mask_equals_that_of_transformers_where_the_template_marks(reloaded)
     ours = encode(tokenizer(MARKED), CONVERSATION)
     assert ours.tokens == theirs["input_ids"]
     assert ours.learned == [bool(mark) for mark in theirs["assistant_masks"]]
-    assert encode(tokenizer(CHATML), CONVERSATION).learned == ours.learned
+    assert encode(tokenizer(UNMARKED), CONVERSATION).learned == ours.learned

@@ -10,6 +10,7 @@ from torch import nn
 
 from conf.errors import ConfigError, LongrunError
 from data_pipeline.artifact import MANIFEST, Artifact, fingerprint, sha256_of
+from data_pipeline.templates import with_template
 from data_pipeline.tokenizer import Tokenizer
 from train.models import hf, hf_weights
 from train.models.transformer import Decoder, DecoderConfig, initialise
@@ -27,7 +28,7 @@ class Start:
     """Resolved from `data.path`, `init_from` and `model`.
 
     Args:
-        tokenizer: the corpus's where it has one, else that of `init_from`.
+        tokenizer: the corpus's where it has one, else that of `init_from`; with the chat template that the data name.
         architecture: that of `init_from` (with the dropout, attention kernel and balance of experts of `model`), else
             `model`.
         vocabulary: rows of the embedding: the tokenizer's ids, and any surplus that `init_from` has.
@@ -50,6 +51,7 @@ class Start:
         Raises:
             StartError: no tokenizer, or the corpus's does not continue that of the model; or samples are longer than
                 the model's context.
+            TemplateError: the tokenizer lacks tokens of the chat template.
             ConfigError: the layout cannot divide the model of `init_from`.
         """
         data = Path(config.data.path)
@@ -70,6 +72,9 @@ class Start:
         tokenizer = brought if own is None else own
         if own is not None:
             _continues(own, brought, data, directory)
+        tokenizer = with_template(
+            tokenizer, getattr(config.data, "chat_template", "")
+        )  # what the run will be saved with
         if (Path(config.init_from) / MANIFEST).exists():
             inputs["model"] = Artifact.read(config.init_from)
         weights = inputs["model"].id if "model" in inputs else fingerprint_of(directory)

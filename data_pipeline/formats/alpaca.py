@@ -14,7 +14,11 @@ class Alpaca(Format):
         instruction, answer = text(record, "instruction", faults), text(record, "output", faults)
         given = text(record, "input", faults, may_be_empty=True)
         head = [says("system", text(record, "system", faults))] if record.get("system") else []
-        for number, pair in enumerate(record.get("history") or []):
+        history = record.get("history") or []
+        if not isinstance(history, list):
+            faults.append(f"history is {found(history)}; expected a list of [question, answer]")
+            history = []
+        for number, pair in enumerate(history):
             if isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair):
                 head += [says("user", pair[0]), says("assistant", pair[1])]
             else:

@@ -118,6 +118,7 @@ BAD = {
     "no text": ({"instruction": 3, "output": " "}, "instruction is int 3; expected text that is not empty"),
     "two faults": ({"instruction": 3, "output": " "}, 'output is str " "; expected text that is not empty'),
     "history": ({"instruction": "a", "output": "b", "history": ["x"]}, "history[0] is str"),
+    "no history": ({"instruction": "a", "output": "b", "history": 3}, "history is int 3; expected a list of"),
     "no turns": ({"conversations": 3}, "conversations is int 3; expected a list of messages"),
     "turn": ({"conversations": [3]}, 'conversations[0] is int 3; expected {"from": ..., "value": ...}'),
     "role": ({"conversations": [{"from": "dog", "value": "x"}]}, "messages[0].role is 'dog'"),

@@ -7,6 +7,7 @@ import pytest
 
 from data_pipeline.artifact import Artifact, Draft
 from data_pipeline.corpus.tasks import Tasks
+from data_pipeline.templates import template
 from data_pipeline.tokenizer import Tokenizer
 from tests.data_pipeline.chats import write_jsonl
 from tests.ranks import run_ranks
@@ -57,6 +58,13 @@ def test_sft_learns_to_answer(life, tmp_path):
     run_ranks(1, train, settings(life, "sft", "base", tmp_path / "sft", **SFT))
     losses = metrics(tmp_path / "sft", "validation_loss")
     assert losses[-1] < 1.2 < 3.0 < losses[0]
+
+
+def test_the_template_that_the_data_name_is_the_models_from_then_on(life, tmp_path):
+    short = {"stage.steps": "2", "stage.global_batch": "8", "data.chat_template": "plain"}
+    run_ranks(1, train, settings(life, "sft", "base", tmp_path / "sft", **short))
+    assert Tokenizer.load(tmp_path / "sft" / "model").chat_template == template("plain")
+    assert Tokenizer.load(life / "base" / "model").chat_template != template("plain")
 
 
 @pytest.fixture(scope="module")

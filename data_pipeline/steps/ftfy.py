@@ -12,7 +12,7 @@ from data_pipeline.steps.base import PROSE, DocumentStep
 if TYPE_CHECKING:
     import ftfy as library
 
-ENTITIES = {"auto": "auto", "always": True, "never": False}
+ENTITIES: dict[str, str | bool] = {"auto": "auto", "always": True, "never": False}
 
 
 @register("corpus/step", "ftfy")

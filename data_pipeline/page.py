@@ -1,8 +1,13 @@
 """A document on its way through curation, with its words, lines, paragraphs and sentences split once for all steps."""
 
+import re
 from collections import Counter
 from functools import cached_property
 from typing import Any
+
+from data_pipeline.words import split_sentences, split_words
+
+PARAGRAPHS = re.compile(r"\n{2,}")
 
 
 class Page:
@@ -43,9 +48,16 @@ class Page:
         return self._text.split("\n")
 
     @cached_property
+    def paragraphs(self) -> list[str]:
+        """As two line feeds or more separate them, white space around the text left out."""
+        return PARAGRAPHS.split(self._text.strip())
+
+    @cached_property
     def words(self) -> list[str]:
         """Words and marks, split as English."""
-        from datatrove.utils.text import split_into_words
-        from datatrove.utils.typeshelper import Languages
+        return split_words(self._text)
 
-        return split_into_words(self._text, Languages.english)
+    @cached_property
+    def sentences(self) -> list[str]:
+        """Sentences with the white space before them, split as English; they add up to the text."""
+        return split_sentences(self._text)

@@ -213,9 +213,9 @@ class Splitter:
         replaced: dict[int, tuple[int, tuple[str, ...]]] = {}
         for size, begin in sorted(found):
             end = begin - size
-            if begin not in seen and end - 1 not in seen and not any(spaced[begin : end - 1]):
-                if parts := self.rules.get("".join(tokens[begin:end])):
-                    replaced[begin] = end, parts
+            apart = begin not in seen and end - 1 not in seen and not any(spaced[begin : end - 1])
+            if apart and (parts := self.rules.get("".join(tokens[begin:end]))):
+                replaced[begin] = end, parts
             seen.update(range(begin, end))
         changed: list[str] = []
         spaces: list[bool] = []
@@ -262,7 +262,7 @@ class Splitter:
         if chunk.isalpha() and chunk.isascii():
             return (chunk,)
         body, last = chunk[:-1], chunk[-1]
-        if body.isalpha() and body.isascii() and (last in MARK_END or last == "." and body[-1].islower()):
+        if body.isalpha() and body.isascii() and (last in MARK_END or (last == "." and body[-1].islower())):
             return (*self.parts(body), last)
         rules, longest = self.rules, self.longest_rule
         prefixes: list[str] = []
@@ -303,7 +303,7 @@ class Splitter:
         last = tail[-1:]
         if last in MARK_END:
             return 1
-        if last in BARE_END or last.isascii() and last.isalpha() and not LETTERS_END.search(tail):
+        if last in BARE_END or (last.isascii() and last.isalpha() and not LETTERS_END.search(tail)):
             return 0
         if tail.endswith(".."):
             return end - 1 - next((at for at in range(end - 1, begin - 1, -1) if chunk[at] != "."), begin - 1)

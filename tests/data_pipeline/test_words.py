@@ -36,8 +36,9 @@ def test_words_and_sentences_are_those_of_datatrove_in_ten_thousand_texts(text):
     assert same(text)
 
 
-def test_words_and_sentences_of_real_text_are_those_of_datatrove():
-    differing = [text[:80] for text in real_texts(80) if not same(text)]
+@pytest.mark.parametrize("count", [20, pytest.param(400, marks=pytest.mark.slow)])
+def test_words_and_sentences_of_real_text_are_those_of_datatrove(count):
+    differing = [text[:80] for text in real_texts(count) if not same(text)]
     assert not differing
 
 
@@ -60,7 +61,7 @@ def test_the_word_that_crashes_spacy_is_a_word():
     assert split_words("an IS_ALPHA here, IS_ALPHA:)") == ["an", "IS_ALPHA", "here", ",", "IS_ALPHA", ":)"]
 
 
-@pytest.mark.parametrize("text", ["(" * 200_000, "a.b," * 50_000, "." * 200_000, "):" * 100_000, ": ) " * 20_000])
+@pytest.mark.parametrize("text", ["(" * 50_000, "a.b," * 20_000, "." * 50_000, "):" * 20_000, ": ) " * 5_000])
 def test_time_grows_with_the_length_of_a_text(text):
     begin = time.process_time()
     split_words(text)

@@ -1,11 +1,17 @@
-"""Tokenizers: a byte-level BPE of ours (Sennrich et al. 2016; bytes as in GPT-2), or any Hugging Face tokenizer.json.
+"""Tokenizers: ours (byte-level BPE, byte-level Unigram, WordPiece), or any Hugging Face tokenizer.json.
+
+Byte-level ones (Radford et al. 2019) write every byte as one printable character, have all 256 in their vocabulary, and
+give back every text as it was. BPE joins the most frequent pairs (Sennrich et al. 2016, arXiv:1508.07909); Unigram
+keeps the pieces that explain the text best (Kudo 2018, arXiv:1804.10959). WordPiece is BERT's (Devlin et al. 2019,
+arXiv:1810.04805): it works on characters, forgets white space and has an unknown token.
 
 A `Tokenizer` has a fingerprint, which follows its tokens to shards, checkpoints and exports: ids of one tokenizer are
 never given to a model of another. Saved directories load in transformers' AutoTokenizer with the same ids.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +36,24 @@ SPECIALS = (
 )
 """Our special tokens, from id 0 on."""
 
+UNKNOWN = "[UNK]"
+"""What WordPiece gives for a word that it cannot spell; after the special tokens."""
+
 BYTES = 256
+LONGEST_WORD = 1000
+"""Characters; WordPiece does not look into longer words, since it takes their length squared."""
 UNLIMITED = 10**30
 """What transformers writes as model_max_length when there is none."""
+
+
+def _byte_characters() -> tuple[str, ...]:
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return tuple(chr(byte if byte in plain else next(others)) for byte in range(256))
+
+
+BYTE_CHARACTERS = _byte_characters()
+"""How byte-level tokenizers write each byte (GPT-2's table)."""
 
 
 class TokenizerError(LongrunError):
@@ -144,6 +165,49 @@ class Tokenizer:
         parts = [model["type"], model["vocab"], merges, added, content["normalizer"], content["pre_tokenizer"]]
         return fingerprint(parts)
 
+    @cached_property
+    def unknown(self) -> int | None:
+        """The id that stands for what has no id; None for tokenizers that need none."""
+        model = json.loads(self.backend.to_str())["model"]
+        if model["type"] == "Unigram":
+            found: int | None = model["unk_id"]
+            return found
+        name = model.get("unk_token")
+        return None if name is None else self.backend.token_to_id(name)
+
+    @cached_property
+    def lossless(self) -> bool:
+        """Whether every text decodes to itself by construction: all bytes have an id, and nothing changes the text."""
+        content = json.loads(self.backend.to_str())
+        splitter, model, decoder = content["pre_tokenizer"] or {}, content["model"], content["decoder"] or {}
+        last = splitter["pretokenizers"][-1] if splitter.get("type") == "Sequence" else splitter
+        pieces = {piece for piece, _ in model["vocab"]} if model["type"] == "Unigram" else model["vocab"]
+        return (
+            content["normalizer"] is None
+            and last.get("type") == decoder.get("type") == "ByteLevel"
+            and not last["add_prefix_space"]
+            and model["type"] in ("BPE", "Unigram")
+            and not model.get("dropout")
+            and not model.get("continuing_subword_prefix")
+            and not model.get("end_of_word_suffix")
+            and all(character in pieces for character in BYTE_CHARACTERS)
+        )
+
+    def loss(self, text: str, ids: Sequence[int]) -> str | None:
+        """What of a document is lost in these ids.
+
+        Returns:
+            None if it decodes to itself; "normalised" if to what the tokenizer's own normalisation leaves of it, white
+            space apart; "unknown_tokens" if a part has no id; "not_restored" if anything else is missing.
+        """
+        if self.lossless or (restored := self.decode(ids, skip_special=False)) == text:
+            return None
+        if self.unknown in ids:
+            return "unknown_tokens"
+        normaliser = self.backend.normalizer
+        kept = normaliser.normalize_str(text) if normaliser is not None else text
+        return "normalised" if _without_space(kept) == _without_space(restored) else "not_restored"
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text in which special tokens are recognised; nothing is added at either end."""
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -181,6 +245,11 @@ def _content(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
+def _without_space(text: str) -> str:
+    """A text without white space, and without the character that SentencePiece writes for it."""
+    return re.sub(r"[\s\u2581]+", "", text)
+
+
 def train_bpe(
     texts: Iterable[str],
     vocabulary: int,
@@ -198,32 +267,127 @@ def train_bpe(
     Raises:
         TokenizerError: the vocabulary is too small, or the texts are too few to fill it.
     """
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from tokenizers import models, trainers
 
-    least = BYTES + len(specials)
-    if vocabulary < least:
-        raise TokenizerError(
-            f"A vocabulary of {vocabulary} cannot hold {BYTES} bytes and {len(specials)} special tokens; "
-            f"give {least} or more."
-        )
-    backend = Backend(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(specials),
+        initial_alphabet=sorted(BYTE_CHARACTERS),
+        show_progress=False,
+    )
+    return _trained_on_bytes(models.BPE(), trainer, texts, vocabulary, specials, chat_template)
+
+
+def train_unigram(
+    texts: Iterable[str],
+    vocabulary: int,
+    specials: Sequence[str] = SPECIALS,
+    chat_template: str | None = None,
+) -> Tokenizer:
+    """Learn a Unigram model over bytes: every string can be encoded, and decodes to itself. Settings as `train_bpe`.
+
+    The library sums in the order of a hash table, so that another process learns a slightly different vocabulary.
+
+    Raises:
+        TokenizerError: the vocabulary is too small, or the texts are too few to fill it.
+    """
+    from tokenizers import models, trainers
+
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(specials),
+        initial_alphabet=sorted(BYTE_CHARACTERS),
+        show_progress=False,
+    )
+    return _trained_on_bytes(models.Unigram(), trainer, texts, vocabulary, specials, chat_template)
+
+
+def train_wordpiece(
+    texts: Iterable[str],
+    vocabulary: int,
+    specials: Sequence[str] = SPECIALS,
+    chat_template: str | None = None,
+) -> Tokenizer:
+    """Learn a cased WordPiece as BERT has it. Settings as `train_bpe`; [UNK] follows the special tokens.
+
+    Lost are the kind and amount of white space (also around punctuation), control characters, and whatever contains a
+    character that was not among the texts, which becomes [UNK].
+
+    Raises:
+        TokenizerError: the vocabulary is too small, or the texts are too few to fill it.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    texts = list(texts)
+    normaliser = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+    splitter = pre_tokenizers.BertPreTokenizer()
+
+    def backend_of(vocab: dict[str, int]) -> Backend:
+        model = models.WordPiece(vocab, unk_token=UNKNOWN, max_input_chars_per_word=LONGEST_WORD)
+        backend = Backend(model)
+        backend.normalizer, backend.pre_tokenizer, backend.decoder = normaliser, splitter, decoders.WordPiece()
+        return backend
+
+    # The library numbers characters in the order of a hash table, another one in every process, unless they are given.
+    runs = {run for text in texts for run in normaliser.normalize_str(text).split()}
+    words = {word for run in runs for word, _ in splitter.pre_tokenize_str(run)}
+    alphabet = sorted({word[0] for word in words} | {f"##{character}" for word in words for character in word[1:]})
+    first = [*specials, UNKNOWN]
+    _check_room(vocabulary, len(alphabet), len(first))
+    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=first + alphabet, show_progress=False)
+    trained = backend_of({})
+    trained.train_from_iterator(texts, trainer)
+    _check_filled(trained, vocabulary)
+    backend = backend_of(trained.get_vocab())  # without the alphabet among its special tokens
+    backend.add_special_tokens(first)
+    eos, pad = specials[0], specials[1]
+    return Tokenizer(backend, {"eos_token": eos, "pad_token": pad, "unk_token": UNKNOWN}, chat_template)
+
+
+TRAINERS: dict[str, Callable[..., Tokenizer]] = {
+    "bpe": train_bpe,
+    "unigram": train_unigram,
+    "wordpiece": train_wordpiece,
+}
+"""By the name that a configuration gives them."""
+
+
+def _trained_on_bytes(
+    model: "tokenizers.models.Model",
+    trainer: "tokenizers.trainers.Trainer",
+    texts: Iterable[str],
+    vocabulary: int,
+    specials: Sequence[str],
+    chat_template: str | None,
+) -> Tokenizer:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, pre_tokenizers
+
+    _check_room(vocabulary, BYTES, len(specials))
+    backend = Backend(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         # Digits one by one: numbers of any length are read the same way.
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(specials),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
     backend.train_from_iterator(texts, trainer)
+    _check_filled(backend, vocabulary)
+    backend = Backend.from_str(backend.to_str())  # scores have fewer digits in a file; both must give the same ids
+    return Tokenizer(backend, {"eos_token": specials[0], "pad_token": specials[1]}, chat_template)
+
+
+def _check_room(vocabulary: int, alphabet: int, specials: int) -> None:
+    if vocabulary < alphabet + specials:
+        raise TokenizerError(
+            f"A vocabulary of {vocabulary} cannot hold {alphabet} bytes or characters and {specials} special tokens; "
+            f"give {alphabet + specials} or more."
+        )
+
+
+def _check_filled(backend: "tokenizers.Tokenizer", vocabulary: int) -> None:
     if (learned := backend.get_vocab_size()) != vocabulary:
         raise TokenizerError(
             f"The texts hold only enough repetition for {learned} tokens, {vocabulary} were asked for. "
             f"Give more text, or a vocabulary of at most {learned}."
         )
-    eos, pad = specials[0], specials[1]
-    return Tokenizer(backend, {"eos_token": eos, "pad_token": pad}, chat_template)

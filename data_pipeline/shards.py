@@ -11,7 +11,7 @@ Shape suffixes: D documents, T tokens of the shard.
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,8 @@ DTYPES: dict[int, type[np.integer]] = {
 }
 """Megatron's dtype codes; its floating-point ones (6, 7) cannot hold tokens."""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+CHUNK = 2**24
+"""Bytes, tokens or documents that are handled at a time."""
 CHECKSUMMED_BYTES = 256 * 2**20
 """Files up to this size are read through once when they are opened (0.2 s); larger ones are compared by size alone,
 and by `Artifact.verify` when that is asked for."""
@@ -43,34 +45,91 @@ class ShardError(LongrunError):
     """A shard is missing, cut short, damaged, or made for another tokenizer or vocabulary."""
 
 
-def merge(pieces: Sequence["Shard"], stem: Path) -> None:
-    """Write the documents of all pieces, in order, as one shard `<stem>.bin`, `<stem>.idx`.
-
-    Both appear under their names only when they are whole, the index last.
+class ShardWriter:
+    """Writes `<stem>.bin`, `<stem>.idx`, batch by batch; the pair is whole after `close`.
 
     Args:
-        pieces: one or more shards of the same dtype.
+        stem: path without ending.
+        dtype: of the tokens.
+    """
+
+    def __init__(self, stem: Path, dtype: type[np.integer]):
+        self.stem = stem
+        self.dtype = dtype
+        self.lengths: list[NDArray[np.int32]] = []
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        self.tokens = open(_ending(stem, ".bin"), "wb")  # noqa: SIM115  # closed by `close`
+
+    def write(self, documents: Sequence[NDArray[np.integer]]) -> None:
+        """Append documents, each with its end-of-text token."""
+        if documents:
+            self.tokens.write(np.concatenate(documents).astype(self.dtype, copy=False).tobytes())
+            self.lengths.append(np.fromiter(map(len, documents), np.int32, len(documents)))
+
+    def close(self) -> None:
+        self.tokens.flush()
+        os.fsync(self.tokens.fileno())
+        self.tokens.close()
+        _write_index(_ending(self.stem, ".idx"), self.dtype, lambda: self.lengths)
+
+
+def merge(pieces: Sequence[Path], stem: Path) -> None:
+    """Write the documents of all pieces, in order, as one shard `<stem>.bin`, `<stem>.idx`.
+
+    Both appear under their names only when they are whole, the index last. Memory does not grow with the shard.
+
+    Args:
+        pieces: one or more shards of the same dtype, as paths without ending.
         stem: path without ending.
     """
-    (dtype,) = {piece.dtype for piece in pieces}
     stem.parent.mkdir(parents=True, exist_ok=True)
     with open(_ending(stem, ".bin.part"), "wb") as tokens:
         for piece in pieces:
-            with open(_ending(piece.stem, ".bin"), "rb") as source:
-                shutil.copyfileobj(source, tokens, 2**24)
+            with open(_ending(piece, ".bin"), "rb") as source:
+                shutil.copyfileobj(source, tokens, CHUNK)
         tokens.flush()
         os.fsync(tokens.fileno())
-    lengths_D = np.concatenate([piece.lengths_D for piece in pieces])
-    starts_D = np.cumsum(lengths_D, dtype=np.int64) - lengths_D
-    with open(_ending(stem, ".idx.part"), "wb") as index:
-        index.write(HEADER.pack(MAGIC, VERSION, CODES[dtype], len(lengths_D), len(lengths_D) + 1))
-        index.write(lengths_D.astype(np.int32).tobytes())
-        index.write((starts_D * np.dtype(dtype).itemsize).tobytes())
-        index.write(np.arange(len(lengths_D) + 1, dtype=np.int64).tobytes())
-        index.flush()
-        os.fsync(index.fileno())
+
+    def lengths() -> Iterator[NDArray[np.int32]]:
+        for piece in pieces:
+            _, lengths_D = _index(piece)
+            yield from (lengths_D[begin : begin + CHUNK] for begin in range(0, len(lengths_D), CHUNK))
+
+    (dtype,) = {_index(piece)[0] for piece in pieces}
+    _write_index(_ending(stem, ".idx.part"), dtype, lengths)
     for ending in (".bin", ".idx"):
         os.replace(_ending(stem, ending + ".part"), _ending(stem, ending))
+
+
+def _write_index(file: Path, dtype: type[np.integer], lengths: Callable[[], Iterable[NDArray[np.int32]]]) -> None:
+    """Write an index.
+
+    Args:
+        file: where.
+        dtype: of the tokens.
+        lengths: gives the documents' lengths in tokens, in parts; called once for each pass over them.
+    """
+    count, end = sum(map(len, lengths())), 0
+    with open(file, "wb") as index:
+        index.write(HEADER.pack(MAGIC, VERSION, CODES[dtype], count, count + 1))
+        for lengths_D in lengths():
+            index.write(lengths_D.tobytes())
+        for lengths_D in lengths():
+            ends_D = end + np.cumsum(lengths_D, dtype=np.int64)
+            index.write(((ends_D - lengths_D) * np.dtype(dtype).itemsize).tobytes())
+            end = int(ends_D[-1])
+        for begin in range(0, count + 1, CHUNK):
+            index.write(np.arange(begin, min(begin + CHUNK, count + 1), dtype=np.int64).tobytes())
+        index.flush()
+        os.fsync(index.fileno())
+
+
+def _index(stem: Path) -> tuple[type[np.integer], NDArray[np.int32]]:
+    """The dtype of a shard of ours, and the lengths of its documents."""
+    file = _ending(stem, ".idx")
+    with open(file, "rb") as stream:
+        _, _, code, count, _ = HEADER.unpack(stream.read(HEADER.size))
+    return DTYPES[code], _mapped(file, np.int32, HEADER.size, count)
 
 
 class Shard:
@@ -133,8 +192,8 @@ class Shard:
 
     def chunks(self) -> Iterable[NDArray[np.integer]]:
         """All tokens, in pieces that fit in memory."""
-        for begin in range(0, len(self.tokens_T), 2**24):
-            yield self.tokens_T[begin : begin + 2**24]
+        for begin in range(0, len(self.tokens_T), CHUNK):
+            yield self.tokens_T[begin : begin + CHUNK]
 
 
 def open_shard(path: str | Path, split: str, tokenizer: Tokenizer) -> tuple[Shard, Artifact]:

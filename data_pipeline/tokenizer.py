@@ -54,6 +54,7 @@ def _byte_characters() -> tuple[str, ...]:
 
 BYTE_CHARACTERS = _byte_characters()
 """How byte-level tokenizers write each byte (GPT-2's table)."""
+_BYTES_OF = {character: bytes([byte]) for byte, character in enumerate(BYTE_CHARACTERS)}
 
 
 class TokenizerError(LongrunError):
@@ -227,6 +228,22 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def spelling(self, number: int) -> bytes:
+        """What one id adds to a text, as bytes; empty for an id that no token has. The mark of a continued word
+        (WordPiece) or of a space (SentencePiece) is left as it is."""
+        token: str | None = self.backend.id_to_token(number)
+        if token is None:
+            return b""
+        if self._byte_level and number not in self.special_ids:
+            return b"".join(_BYTES_OF.get(character, character.encode()) for character in token)
+        if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):  # SentencePiece's bytes of characters without an id
+            return bytes.fromhex(match[1])
+        return token.encode()
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        return "ByteLevel" in json.dumps(json.loads(self.backend.to_str())["decoder"])
 
     def special(self, name: str) -> int:
         """The id of a token by its text, such as `<|fim_prefix|>`.

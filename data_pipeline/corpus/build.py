@@ -18,12 +18,16 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from conf.errors import LongrunError
 from data_pipeline.artifact import MANIFEST, Artifact, Draft, check_kind, fingerprint, finished, locked, recipe_of
 from data_pipeline.card import page as card
 from data_pipeline.chat import CHATML
+from data_pipeline.shards import Shard
 from data_pipeline.steps.base import CorpusStep, Step
-from data_pipeline.tokenizer import Tokenizer, train_bpe
+from data_pipeline.tokenizer import TRAINERS, Tokenizer
+from data_pipeline.tokenizer_report import Sizes, report, table
 
 if TYPE_CHECKING:
     from data_pipeline.corpus.text import TextCorpus
@@ -68,13 +72,14 @@ def build(corpus: "TextCorpus", directory: Path, cache: Path, workers: int) -> A
         artifact = publish(directory, settings, steps)
     splits = ", ".join(f"{split} {counts['tokens']:,}" for split, counts in artifact.metrics["splits"].items())
     print(f"corpus: {directory} is made; tokens: {splits}")
+    print(table(artifact.metrics["tokenizer"]))
     return artifact
 
 
 def recipe_settings(corpus: "TextCorpus") -> dict[str, Any]:
     """What decides the result, as plain values: steps that do not run, and gates, decide nothing."""
     settings = {f.name: getattr(corpus, f.name) for f in fields(corpus)}
-    del settings["paths"], settings["readable"], settings["order"]
+    del settings["paths"], settings["readable"], settings["encodable"], settings["order"]
     settings["sources"] = {
         name: [type(source).__name__, asdict(source), source.state()] for name, source in corpus.sources.items()
     }
@@ -169,24 +174,41 @@ def make_steps(
             Tokenizer.load(corpus.tokenizer).save(draft.path)
         else:
             share = corpus.tokenizer_bytes / done["split"].metrics["splits"]["train"]["bytes"]
-            train_bpe(sample(path("split") / "train", share), corpus.vocabulary, chat_template=CHATML).save(draft.path)
+            train = TRAINERS[corpus.algorithm]
+            train(sample(path("split") / "train", share), corpus.vocabulary, chat_template=CHATML).save(draft.path)
         draft.metrics["steps"] = []
 
     def shards(draft: Draft) -> None:
         from data_pipeline.engine.documents import contents
         from data_pipeline.engine.pieces import pieces_of
-        from data_pipeline.engine.tokenising import write_shards
+        from data_pipeline.engine.tokenising import NAME, write_shards
 
-        splits, documents = {}, 0
         pieces = {name: pieces_of(path("split") / name, corpus.pieces) for name in SPLITS}
-        for name, shard in write_shards(pieces, draft.path, path("tokenizer"), workers).items():
-            largest = max((int(chunk.max()) for chunk in shard.chunks()), default=-1)
-            splits[name] = {"documents": shard.documents, "tokens": len(shard.tokens_T), "largest_token": largest}
-            documents += shard.documents
+        used = Tokenizer.load(path("tokenizer"))
+        dropped, kept, sizes = write_shards(pieces, draft.path, path("tokenizer"), workers)
+        counts_V = np.zeros(used.vocabulary, np.int64)
+        splits = {}
+        for name in SPLITS:
+            shard, largest = Shard(draft.path / name), -1
+            for chunk in shard.chunks():
+                largest = max(largest, int(chunk.max()))
+                counts_V += np.bincount(chunk, minlength=used.vocabulary)
+            size = sum((its for (split, *_), its in sizes.items() if split == name), start=Sizes())
+            splits[name] = {
+                "documents": shard.documents,
+                "tokens": len(shard.tokens_T),
+                "largest_token": largest,
+                "bytes": size.bytes,
+            }
+            counts_V[used.eos] -= shard.documents
         draft.metrics["splits"] = splits
         draft.metrics |= contents(draft.path, SPLITS)
-        kept = sum(counts["documents"] for counts in done["split"].metrics["splits"].values())
-        draft.metrics["steps"] = [{"name": "tokenise", "documents_in": kept, "documents_out": documents, "dropped": {}}]
+        draft.metrics["tokenizer"] = {**report(used, sizes, counts_V), "round_trip": kept}
+        given = sum(counts["documents"] for counts in done["split"].metrics["splits"].values())
+        passed = sum(counts["documents"] for counts in splits.values())
+        draft.metrics["steps"] = [
+            {"name": NAME, "documents_in": given, "documents_out": passed, "dropped": dropped, "counts": kept}
+        ]
 
     step("read", chosen("sources", "pieces"), (), read, "pieces/*", "quarantine/*/*")
     before = "read"
@@ -202,8 +224,9 @@ def make_steps(
     if corpus.tokenizer:
         step("tokenizer", chosen("tokenizer"), (), tokenizer, "*.json", "*.jinja")
     else:
-        step("tokenizer", chosen("vocabulary", "tokenizer_bytes"), ("split",), tokenizer, "*.json", "*.jinja")
-    step("shards", {}, ("split", "tokenizer"), shards, "*.bin", "*.idx", "*.parquet")
+        training = chosen("algorithm", "vocabulary", "tokenizer_bytes")
+        step("tokenizer", training, ("split",), tokenizer, "*.json", "*.jinja")
+    step("shards", {}, ("split", "tokenizer"), shards, "*.bin", "*.idx", "*.parquet", "quarantine/*/*")
     return done
 
 
@@ -264,20 +287,12 @@ def publish(directory: Path, settings: dict[str, Any], steps: Mapping[str, Artif
     for name, source in parts.items():
         shutil.copytree(source, directory / name, copy_function=_link, ignore=shutil.ignore_patterns(MANIFEST))
     tokenizer = Tokenizer.load(directory / "tokenizer")
-    splits = {}
-    for name in SPLITS:
-        shard = steps["shards"].metrics["splits"][name]
-        size = steps["split"].metrics["splits"].get(name, {"documents": 0, "bytes": 0})
-        if size["documents"] != shard["documents"]:
-            raise CorpusError(f"{name}: {size['documents']} documents were split off, {shard['documents']} tokenised.")
-        splits[name] = {**shard, "bytes": size["bytes"]}
     draft = Draft(directory, "corpus", settings, {})
     draft.metrics = {
         "sources": steps["read"].metrics["sources"],
         "steps": counts,
-        "splits": splits,
         "portrait": {"read": steps["read"].metrics["portrait"], "kept": steps["split"].metrics["portrait"]},
-        **{key: steps["shards"].metrics[key] for key in ("tokens", "lengths")},
+        **{key: steps["shards"].metrics[key] for key in ("splits", "tokens", "lengths", "tokenizer")},
     }
     draft.facts = {
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocabulary": tokenizer.vocabulary},
@@ -352,7 +367,8 @@ def check(steps: list[dict[str, Any]], corpus: "TextCorpus", quarantine: Path) -
                 f"{examples(quarantine / name)}\nGive other text, relax corpus.steps.{name}, or leave it out."
             )
         judged = step.get("judged", given)
-        gate, key = (corpus.readable, "readable") if name == "read" else (0.0, "")
+        gates = {"read": (corpus.readable, "readable"), "tokenise": (corpus.encodable, "encodable")}
+        gate, key = gates.get(name, (0.0, ""))
         if name in corpus.ordered:
             gate, key = corpus.ordered[name].gate, f"steps.{name}.gate"
         kept = judged - sum(dropped.values())

@@ -10,7 +10,7 @@ from conf.registry import register
 from data_pipeline.config import DataSet, PipelineConfig
 from data_pipeline.corpus.build import build
 from data_pipeline.steps.base import Step
-from data_pipeline.tokenizer import BYTES, SPECIALS
+from data_pipeline.tokenizer import BYTES, SPECIALS, TRAINERS
 
 
 @register("corpus", "text_schema")
@@ -27,8 +27,11 @@ class TextCorpus(DataSet):
         validation: share of documents in the validation split, in [0, 1).
         test: share of documents in the test split, in [0, 1).
         tokenizer: directory of the tokenizer to use, for instance a Hugging Face model's; empty trains one.
+        algorithm: how it is trained otherwise: "bpe" or "unigram" on bytes, which give back every text as it was, or
+            "wordpiece", which forgets white space and cannot express every character.
         vocabulary: ids of the tokenizer that is trained, special tokens included.
         tokenizer_bytes: most text that it is trained on, in bytes; a uniform sample of the train split.
+        encodable: least share of the documents that the tokenizer must be able to express, in [0, 1].
         pieces: parts that the work is cut into: at most so many processes, and what a kill can lose of a step.
     """
 
@@ -40,8 +43,10 @@ class TextCorpus(DataSet):
     validation: float = 0.01
     test: float = 0.01
     tokenizer: str = ""
+    algorithm: str = "bpe"
     vocabulary: int = 32768
     tokenizer_bytes: int = 200_000_000
+    encodable: float = 0.9
     pieces: int = 8
 
     @property
@@ -63,8 +68,11 @@ class TextCorpus(DataSet):
         if twice := {name for name in self.order if self.order.count(name) > 1}:
             fix = "each name once; give a step that runs twice a second name in corpus.steps"
             found.append(Problem("corpus.order", ", ".join(sorted(twice)), fix))
-        if not 0 <= self.readable <= 1:
-            found.append(Problem("corpus.readable", self.readable, "a share in [0, 1]"))
+        for key in ("readable", "encodable"):
+            if not 0 <= getattr(self, key) <= 1:
+                found.append(Problem(f"corpus.{key}", getattr(self, key), "a share in [0, 1]"))
+        if self.algorithm not in TRAINERS:
+            found.append(Problem("corpus.algorithm", self.algorithm, f"one of {', '.join(TRAINERS)}"))
         least = BYTES + len(SPECIALS)
         if not self.tokenizer and self.vocabulary < least:
             found.append(Problem("corpus.vocabulary", self.vocabulary, f"at least {least}: bytes and special tokens"))

@@ -1,24 +1,28 @@
 """From documents to a tokenizer and to token shards."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from datatrove.pipeline.tokens.megatron_tokenizer import MegatronDocumentTokenizer
+import numpy as np
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.batching import batched
 
+from data_pipeline.encoding import Encoder
 from data_pipeline.engine import documents
+from data_pipeline.engine.chain import labelled
 from data_pipeline.engine.documents import ListDocuments
-from data_pipeline.engine.pieces import ENDING, PieceReader, execute, read_piece
+from data_pipeline.engine.pieces import ENDING, PieceReader, execute, quarantine, read_piece
 from data_pipeline.engine.splitting import position
-from data_pipeline.shards import Shard, merge
+from data_pipeline.shards import ShardWriter, merge
 from data_pipeline.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    import tokenizers
+from data_pipeline.tokenizer_report import GROUP, Sizes
 
 BATCH = 500
 """Documents encoded together; bounds memory."""
+NAME = "tokenise"
+NORMALISED = "normalised"
+"""Label of documents that decode to what the tokenizer's own normalisation leaves of them."""
 
 
 def sample(directory: Path, share: float) -> Iterator[str]:
@@ -30,52 +34,82 @@ def sample(directory: Path, share: float) -> Iterator[str]:
                 yield document.text
 
 
-class WriteTokens(MegatronDocumentTokenizer):
-    """datatrove's Megatron writer. Documents that mention a special token are spelt out; each ends with end-of-text.
+class WriteTokens(PipelineStep):
+    """Writes a piece as a shard, and passes on what it wrote. Documents that mention a special token are spelt out; each ends with end-of-text.
+
+    A document that the tokenizer cannot express goes to quarantine. datatrove's own step does none of this, and keeps
+    the time in the library that `data_pipeline.encoding` saves.
 
     Args:
-        directory: gets `<piece>_tokens.bin` and `.idx`.
-        tokenizer: directory of the tokenizer.
-        end_of_text: its end-of-text token.
+        directory: gets `<piece>.bin` and `.idx`.
+        tokenizer: its directory.
+        dropped: where documents in quarantine go.
     """
 
-    def __init__(self, directory: Path, tokenizer: Path, end_of_text: str):
-        super().__init__(
-            str(directory),
-            tokenizer_name_or_path=str(tokenizer / "tokenizer.json"),
-            eos_token=end_of_text,
-            batch_size=BATCH,
-        )
+    name = "🔢 Tokenise"
+    type = "🔢 - TOKENIZER"
 
-    @cached_property
-    def tokenizer(self) -> "tokenizers.Tokenizer":
-        backend = super().tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True
-        return backend
+    def __init__(self, directory: Path, tokenizer: Path, dropped: Path):
+        super().__init__()
+        self.directory = directory
+        self.tokenizer = tokenizer
+        self.dropped = quarantine(dropped)
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        tokenizer = Tokenizer.load(self.tokenizer)
+        encoder = Encoder(tokenizer)
+        writer = ShardWriter(self.directory / f"{rank:05d}", encoder.dtype)
+        end = np.array([tokenizer.eos], encoder.dtype)
+        sizes: dict[tuple[str, ...], Sizes] = {}
+        with self.dropped:
+            for batch in batched(data, BATCH):
+                kept, tokens = [], []
+                for document, ids_T in zip(batch, encoder.encode([doc.text for doc in batch]), strict=True):
+                    loss = None if tokenizer.lossless else tokenizer.loss(document.text, ids_T.tolist())
+                    if loss not in (None, NORMALISED):
+                        self.stat_update(f"dropped\t{loss}")
+                        metadata = {**document.metadata, "filter_step": NAME, "filter_reason": loss}
+                        self.dropped.write(Document(document.text, document.id, metadata=metadata), rank)
+                        continue
+                    if loss:
+                        self.stat_update(f"count\t{loss}")
+                    kept.append(document)
+                    tokens.append(np.concatenate((ids_T, end)))
+                    group = tuple(str(document.metadata.get(key, "")) for key in GROUP)
+                    sizes.setdefault(group, Sizes()).add(document.text, len(ids_T))
+                writer.write(tokens)
+                yield from kept
+        writer.close()
+        for group, its_sizes in sizes.items():
+            for label, size in its_sizes.labelled(group):
+                self.stat_update(label, value=size)
 
 
 def write_shards(
     pieces: Mapping[str, Sequence[Path]], directory: Path, tokenizer: Path, workers: int
-) -> dict[str, Shard]:
+) -> tuple[dict[str, int], dict[str, int], dict[tuple[str, ...], Sizes]]:
     """Tokenise every split into `<directory>/<split>.bin`, `.idx`, and list its documents beside it.
 
     Args:
         pieces: split -> files of documents.
         directory: of the shards.
-        tokenizer: directory of the tokenizer.
+        tokenizer: its directory.
         workers: processes.
+
+    Returns:
+        Dropped documents by reason, kept ones by what became of them, and sizes by the values of GROUP.
     """
-    end_of_text = Tokenizer.load(tokenizer).special_tokens["eos_token"]
     files = [file for split in pieces.values() for file in split]
     parts = directory / "parts"
-    step = WriteTokens(parts, tokenizer, end_of_text)
+    step = WriteTokens(parts, tokenizer, directory / "quarantine")
     listing = ListDocuments(parts, [number for its_files in pieces.values() for number in range(len(its_files))])
-    execute([PieceReader(files), listing, step], directory / "logs", len(files), workers)
-    listed = (parts / f"{rank:05d}{documents.ENDING}" for rank in range(len(files)))
-    written = (Shard(parts / f"{rank:05d}_tokens") for rank in range(len(files)))
+    totals = execute([PieceReader(files), step, listing], directory / "logs", len(files), workers)[step.name]
+    written = iter([parts / f"{rank:05d}" for rank in range(len(files))])
     for split, its_files in pieces.items():
-        merge([next(written) for _ in its_files], directory / split)
-        documents.merge([next(listed) for _ in its_files], directory / f"{split}{documents.ENDING}")
-    return {split: Shard(directory / split) for split in pieces}
+        its_parts = [next(written) for _ in its_files]
+        merge(its_parts, directory / split)
+        documents.merge(
+            [part.with_name(part.name + documents.ENDING) for part in its_parts],
+            directory / f"{split}{documents.ENDING}",
+        )
+    return labelled(totals, "dropped\t"), labelled(totals, "count\t"), Sizes.read(totals)

@@ -27,9 +27,9 @@ from data_pipeline.corpus.build import CorpusError, account, build, check
 from data_pipeline.corpus.text import TextCorpus
 from data_pipeline.engine.pieces import read_piece
 from data_pipeline.engine.splitting import AssignSplit, position, split_of
-from data_pipeline.engine.tokenising import WriteTokens
 from data_pipeline.page import Page
 from data_pipeline.readers import reading
+from data_pipeline.shards import ShardWriter
 from data_pipeline.sources.base import SourceError
 from data_pipeline.sources.files import Files
 from data_pipeline.sources.huggingface import HuggingFace
@@ -41,7 +41,7 @@ from data_pipeline.steps.length import Length
 from data_pipeline.steps.markup import Markup
 from data_pipeline.steps.normalise import Normalise
 from data_pipeline.text import TextData
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import TRAINERS, Tokenizer
 from tests.data import standard_library, tiny_tokenizer
 
 PROSE = sorted({text[:3000] for text in topics.values() if len(text) > 500})[:30]
@@ -138,7 +138,7 @@ def test_a_rerun_does_nothing(corpus, texts, capsys):
 def test_one_changed_setting_redoes_only_what_depends_on_it(corpus, texts, tmp_path, capsys, change, redone):
     shutil.copytree(corpus.path, tmp_path / "corpus")
     again = made(texts, tmp_path / "corpus", **change)
-    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[:-1]]
+    lines = [line.split()[:2] for line in capsys.readouterr().out.partition("corpus:")[0].splitlines()]
     assert [name for name, what in lines if what != "found"] == redone
     kept = {path.name.rpartition("-")[0] for path in (tmp_path / "corpus/steps").iterdir()}
     assert not lines or kept == {name for name, _ in lines}  # what nothing depends on any more is gone
@@ -196,7 +196,7 @@ def killed_at(target: type, method: str, call: int, root: Path, directory: Path)
         (Length, "judge", 10),  # in the first piece
         (Length, "judge", 35),  # in the second, the first being complete
         (AssignSplit, "run", 2),
-        (WriteTokens, "write_tokens", 4),
+        (ShardWriter, "write", 4),
         (building.shutil, "copytree", 2),  # between the parts that are put in place
     ],
 )
@@ -311,6 +311,34 @@ def test_an_end_of_text_token_of_another_name_makes_other_shards(texts, tmp_path
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": "<|im_end|>"}))
     second = made(texts, tmp_path / "corpus", tokenizer=str(tmp_path / "given"))
     assert second.id != first.id and Tokenizer.load(second.path / "tokenizer").eos == 3
+
+
+def test_what_the_tokenizer_cannot_express_is_in_quarantine(texts, tmp_path):
+    shutil.copytree(texts, tmp_path / "texts")
+    (tmp_path / "texts/chinese.md").write_text(PROSE[3] + "\u5b57")
+    TRAINERS["wordpiece"](PROSE + CODE, 600).save(tmp_path / "given")
+    corpus = made(tmp_path / "texts", tmp_path / "corpus", tokenizer=str(tmp_path / "given"), encodable=0.5)
+    step = corpus.metrics["steps"][-1]
+    (dropped,) = [d for file in (corpus.path / "quarantine/tokenise").iterdir() for d in raw(file)]
+    assert step["dropped"] == {"unknown_tokens": 1}
+    assert dropped["reason"] == "unknown_tokens" and dropped["id"].endswith("chinese.md")
+    assert corpus.metrics["tokenizer"]["round_trip"] == {"normalised": step["documents_out"]}
+    with pytest.raises(CorpusError, match=r"tokenise: only .* corpus\.encodable asks for 100%.*\n.*chinese\.md"):
+        made(tmp_path / "texts", tmp_path / "corpus", tokenizer=str(tmp_path / "given"), encodable=1.0)
+
+
+@pytest.mark.parametrize("algorithm", ["unigram", "wordpiece"])
+def test_other_tokenizers_are_trained_by_name(texts, tmp_path, algorithm):
+    corpus = made(texts, tmp_path / "corpus", algorithm=algorithm, vocabulary=600, encodable=0.5)
+    tokenizer = Tokenizer.load(corpus.path / "tokenizer")
+    assert tokenizer.vocabulary == 600 and tokenizer.chat_template
+    assert tokenizer.lossless == (algorithm == "unigram")
+    found = corpus.metrics["tokenizer"]
+    assert found["all"]["tokens"] + found["all"]["documents"] == sum(
+        counts["tokens"] for counts in corpus.metrics["splits"].values()
+    )
+    assert set(found["kind"]) == {"code", "prose"} and not found["language"]
+    TextData(str(corpus.path), 32).open("train", tokenizer, seed=0)
 
 
 def test_an_artifact_of_another_kind_is_not_written_over(texts, tmp_path):

@@ -7,8 +7,9 @@ import struct
 import numpy as np
 import pytest
 
+from data_pipeline import shards
 from data_pipeline.artifact import ArtifactError
-from data_pipeline.shards import HEADER, MAGIC, Shard, ShardError, merge, open_shard
+from data_pipeline.shards import HEADER, MAGIC, Shard, ShardError, ShardWriter, merge, open_shard
 from data_pipeline.tokenizer import Tokenizer
 from tests.data import tiny_corpus, tiny_tokenizer, write_shard
 
@@ -38,8 +39,11 @@ def test_documents_come_back_as_they_were_written(tmp_path, vocabulary):
     assert [shard.document(i).tolist() for i in range(shard.documents)] == DOCUMENTS
 
 
-def test_merging_keeps_all_documents_in_order(tmp_path):
-    pieces = [write_shard(tmp_path / str(i), documents) for i, documents in enumerate([DOCUMENTS, [], DOCUMENTS[:1]])]
+@pytest.mark.parametrize("chunk", [2, 2**24])
+def test_merging_keeps_all_documents_in_order(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(shards, "CHUNK", chunk)
+    parts = [DOCUMENTS, [], DOCUMENTS[:1]]
+    pieces = [write_shard(tmp_path / str(i), documents).stem for i, documents in enumerate(parts)]
     merge(pieces, tmp_path / "all")
     merged = Shard(tmp_path / "all")
     assert [merged.document(i).tolist() for i in range(merged.documents)] == DOCUMENTS + DOCUMENTS[:1]
@@ -48,9 +52,30 @@ def test_merging_keeps_all_documents_in_order(tmp_path):
 
 def test_merging_one_shard_gives_the_bytes_that_datatrove_wrote(tmp_path):
     piece = write_shard(tmp_path / "one", DOCUMENTS)
-    merge([piece], tmp_path / "same")
+    merge([piece.stem], tmp_path / "same")
     for ending in ("bin", "idx"):
         assert (tmp_path / f"same.{ending}").read_bytes() == (tmp_path / f"one.{ending}").read_bytes()
+
+
+@pytest.mark.parametrize("vocabulary", [512, 100_000])
+def test_our_writer_gives_the_bytes_that_datatrove_writes(tmp_path, vocabulary):
+    theirs = write_shard(tmp_path / "theirs", DOCUMENTS, vocabulary)
+    ours = ShardWriter(tmp_path / "ours", theirs.dtype)
+    for batch in (DOCUMENTS[:2], [], DOCUMENTS[2:]):
+        ours.write([np.array(document) for document in batch])
+    ours.close()
+    for ending in ("bin", "idx"):
+        assert (tmp_path / f"ours.{ending}").read_bytes() == (tmp_path / f"theirs.{ending}").read_bytes()
+
+
+def test_megatron_reads_what_is_written(tmp_path):
+    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    writer = ShardWriter(tmp_path / "x", np.uint16)
+    writer.write([np.array(document) for document in DOCUMENTS])
+    writer.close()
+    read = indexed_dataset.IndexedDataset(str(tmp_path / "x"))
+    assert [document.tolist() for document in read] == DOCUMENTS
+    assert read.document_indices.tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("ending", ["bin", "idx"])

@@ -35,7 +35,8 @@ def sample(directory: Path, share: float) -> Iterator[str]:
 
 
 class WriteTokens(PipelineStep):
-    """Writes a piece as a shard, and passes on what it wrote. Documents that mention a special token are spelt out; each ends with end-of-text.
+    """Writes a piece as a shard, and passes on what it wrote. Documents that mention a special token are spelt out;
+    each ends with end-of-text.
 
     A document that the tokenizer cannot express goes to quarantine. datatrove's own step does none of this, and keeps
     the time in the library that `data_pipeline.encoding` saves.

@@ -1,6 +1,7 @@
 """A few documents to look at: uniform by a hash of the text, so that the same corpus always shows the same ones.
 
-Personal data are not shown: what a step for them dropped has no text here, and in all other texts they are replaced.
+Personal data are not shown: what a step for them dropped or tagged has no text here, and in all other texts they are
+replaced.
 """
 
 import heapq
@@ -18,6 +19,8 @@ PAIRS = 3
 """Pairs of copies that are shown for each reason."""
 COPIES = "duplicates"
 """Ending of the metadata in which a kept document says how many copies of it were dropped."""
+TAG = "pii"
+"""Metadata in which a step tells that a document holds personal data."""
 LOOKED_THROUGH = 500
 """Documents at the head of each piece that samples are drawn from."""
 LENGTH = 420
@@ -126,7 +129,7 @@ def drawn_by(
 def shown(record: dict[str, Any], private: bool = False) -> Sample:
     metadata = record["metadata"]
     source, licence = metadata.get("source", ""), metadata.get("licence", "")
-    if private:
+    if private or metadata.get(TAG):
         return Sample("", source, licence, len(record["text"]), None)
     name = excerpt(masked(record["id"]), LONGEST_ID)
     return Sample(name, source, licence, len(record["text"]), excerpt(masked(record["text"][:READ])))
@@ -134,10 +137,8 @@ def shown(record: dict[str, Any], private: bool = False) -> Sample:
 
 def masked(text: str) -> str:
     """With the kind in brackets in place of what is personal or secret."""
-    try:
-        from data_pipeline.personal import find
-    except ImportError:
-        return text
+    from data_pipeline.personal import find
+
     parts, done = [], 0
     for found in find(text):
         parts += [text[done : found.begin], f"[{found.kind}]"]

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from conf.errors import Problem
 from conf.registry import register
@@ -35,6 +35,8 @@ class PII(DocumentStep):
         regions: countries (ISO 3166, two letters) whose phone numbers are known without their international prefix.
         placeholders: kind -> what replaces it; a kind that is not named is replaced by its name, as in <EMAIL>.
     """
+
+    topic: ClassVar[str] = "personal"
 
     secret: str = "replace"
     email: str = "replace"

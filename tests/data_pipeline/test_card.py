@@ -220,10 +220,11 @@ def pieces(directory: Path, *records: dict) -> list[Path]:
 
 
 def test_nothing_personal_is_shown(tmp_path):
-    pytest.importorskip("data_pipeline.personal")
     secret = "Write to jane.doe@company.org, or call +44 20 8366 1177. " + "Other text. " * 30
     private = dropped(pieces(tmp_path / "a", {"text": secret, "step": "pii", "reason": "email", "id": secret}), True)
     assert private["email"][0].text is None and private["email"][0].id == ""
+    (tagged,) = kept(pieces(tmp_path / "t", {"text": secret, "metadata": {"pii": {"email": 1}}}))
+    assert tagged.text is None and tagged.id == ""
     for shown in (
         dropped(pieces(tmp_path / "b", {"text": secret, "step": "length", "reason": "short"}), False)["short"],
         kept(pieces(tmp_path / "c", {"text": secret})),

@@ -56,6 +56,23 @@ class PreferenceBatch(MicroBatch):
         return self.tokens_BL.shape[0] // 2
 
 
+@dataclass(frozen=True)
+class Span:
+    """Part of a sample: tokens of one document that stand together in it.
+
+    Args:
+        source: where the document is: the stem of a shard.
+        document: its number there.
+        begin: the first of its tokens that is read, from 0.
+        end: the first that is not; it is predicted where the document has it.
+    """
+
+    source: str
+    document: int
+    begin: int
+    end: int
+
+
 class Samples(Protocol):
     """A finite, indexable set of samples: text windows, packed conversations, preference pairs."""
 

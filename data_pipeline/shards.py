@@ -11,6 +11,7 @@ Shape suffixes: D documents, T tokens of the shard.
 import os
 import shutil
 import struct
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -37,8 +38,10 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 CHUNK = 2**24
 """Bytes, tokens or documents that are handled at a time."""
 CHECKSUMMED_BYTES = 256 * 2**20
-"""Files up to this size are read through once when they are opened (0.2 s); larger ones are compared by size alone,
-and by `Artifact.verify` when that is asked for."""
+"""Files up to this size are read through once when they are opened (0.2 s); larger ones are compared by size and by
+samples of the index, and by `Artifact.verify` when that is asked for."""
+SAMPLED = 256
+"""Documents, evenly spaced, whose entries in the index are compared when it is opened: 10^12 tokens open at once."""
 
 
 class ShardError(LongrunError):
@@ -133,7 +136,7 @@ def _index(stem: Path) -> tuple[type[np.integer], NDArray[np.int32]]:
 
 
 class Shard:
-    """A memory-mapped shard whose two files fit each other.
+    """A memory-mapped shard whose two files fit each other. Opening reads the same few entries whatever its size.
 
     Args:
         stem: path without ending.
@@ -165,15 +168,12 @@ class Shard:
         if size != expected:
             raise ShardError(f"{index} has {size} bytes, its header promises {expected}; it was cut. Build it again.")
         self.dtype: type[np.integer] = DTYPES[code]
-        width = np.dtype(self.dtype).itemsize
+        self._width = width = np.dtype(self.dtype).itemsize
         self.lengths_D: NDArray[np.int32] = _mapped(index, np.int32, HEADER.size, sequences)
-        offsets_D = _mapped(index, np.int64, HEADER.size + 4 * sequences, sequences)
-        self.ends_D: NDArray[np.int64] = np.cumsum(self.lengths_D, dtype=np.int64)
-        """Position in the token stream where each document ends (exclusive)."""
-        count = int(self.ends_D[-1]) if sequences else 0
-        if not np.array_equal(offsets_D, (self.ends_D - self.lengths_D) * width) or (self.lengths_D < 0).any():
-            raise ShardError(f"{index}: lengths and offsets contradict each other; it is damaged. Build it again.")
+        self._offsets_D: NDArray[np.int64] = _mapped(index, np.int64, HEADER.size + 4 * sequences, sequences)
+        count = int(self._offsets_D[-1]) // width + int(self.lengths_D[-1]) if sequences else 0
         found = tokens.stat().st_size
+        self._check(np.linspace(0, max(0, sequences - 1), min(sequences, SAMPLED)).astype(np.int64))
         if found != count * width:
             raise ShardError(
                 f"{tokens} has {found} bytes, its index promises {count} tokens of {width} bytes = {count * width}; "
@@ -181,14 +181,41 @@ class Shard:
             )
         self.tokens_T: NDArray[np.integer] = _mapped(tokens, self.dtype, 0, count)
 
+    def _check(self, numbers_N: NDArray[np.int64]) -> None:
+        """Compare lengths and offsets of these documents; the last one's end is that of the file."""
+        lengths_N = self.lengths_D[numbers_N].astype(np.int64)
+        ends_N = self._offsets_D[numbers_N] + lengths_N * self._width
+        nexts_N = np.minimum(numbers_N + 1, self.documents - 1)
+        fitting_N = (self._offsets_D[nexts_N] == ends_N) | (nexts_N == numbers_N)
+        if self.documents and (self._offsets_D[0] != 0 or (lengths_N < 0).any() or not fitting_N.all()):
+            index = _ending(self.stem, ".idx")
+            raise ShardError(f"{index}: lengths and offsets contradict each other; it is damaged. Build it again.")
+
+    def verify(self) -> None:
+        """Compare lengths and offsets of all documents; opening compares those of a sample.
+
+        Raises:
+            ShardError: they contradict each other.
+        """
+        for begin in range(0, self.documents, 2**20):
+            self._check(np.arange(begin, min(begin + 2**20, self.documents)))
+
     @property
     def documents(self) -> int:
         return len(self.lengths_D)
 
+    def starts(self, first: int, stop: int) -> NDArray[np.int64]:
+        """Places in the token stream where documents first ... stop - 1 begin."""
+        return self._offsets_D[first:stop] // self._width
+
+    def document_at(self, place: int) -> int:
+        """The number of the document that holds this place of the token stream, found by bisection."""
+        return bisect_right(self._offsets_D, place * self._width) - 1  # type: ignore[arg-type]
+
     def document(self, number: int) -> NDArray[np.integer]:
         """The tokens of one document, end-of-text included."""
-        end = int(self.ends_D[number])
-        return self.tokens_T[end - int(self.lengths_D[number]) : end]
+        begin = int(self._offsets_D[number]) // self._width
+        return self.tokens_T[begin : begin + int(self.lengths_D[number])]
 
     def chunks(self) -> Iterable[NDArray[np.integer]]:
         """All tokens, in pieces that fit in memory."""
@@ -238,13 +265,17 @@ def open_shard(path: str | Path, split: str, tokenizer: Tokenizer) -> tuple[Shar
                 f"{file} is not the file that was made (its checksum differs from the manifest's): it was damaged or "
                 "replaced. Build the corpus again."
             )
-    return Shard(stem), artifact
+    shard = Shard(stem)
+    if _ending(stem, ".idx").stat().st_size <= CHECKSUMMED_BYTES:
+        shard.verify()
+    return shard, artifact
 
 
 def _mapped(file: Path, dtype: type[np.integer], offset: int, count: int) -> NDArray:
     if not count:
         return np.zeros(0, dtype)
-    return np.memmap(file, mode="r", dtype=dtype, offset=offset, shape=(count,))
+    # A plain array over the map: memmap's own indexing costs microseconds.
+    return np.asarray(np.memmap(file, mode="r", dtype=dtype, offset=offset, shape=(count,)))
 
 
 def _ending(stem: Path, ending: str) -> Path:

@@ -1,15 +1,16 @@
-"""Text for pre-training: windows of the concatenated token stream.
+"""Text for pre-training: windows of a corpus, which lose nothing that is not left out on purpose.
 
-Window i predicts tokens i*L + 1 ... (i + 1)*L of the split from those before them, so every token of the split but the
-very first stands exactly once where it could be predicted. The last window is filled up with padding (documents -1, no
-labels): a split loses nothing, and its perplexity is exact. A document that crosses windows counts as a new document in
-each; the first token of a document is predicted from nothing and has no label.
+By default window i predicts tokens i*L + 1 ... (i + 1)*L of the split from those before them, so every token of the
+split but the very first stands exactly once where it could be predicted. A window that is not full is filled up with
+padding (documents -1, no labels), so the perplexity of a split is exact. A document that crosses windows counts as a
+new document in each; the first token of a document is predicted from nothing and has no label.
 
-Shape suffixes: B windows, L tokens.
+Shape suffixes: B windows, L tokens, S spans, N tokens of all windows without padding.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,13 @@ import torch
 from conf.errors import Problem
 from conf.registry import register
 from data_pipeline.artifact import fingerprint
-from data_pipeline.batch import IGNORED, MicroBatch
+from data_pipeline.batch import IGNORED, MicroBatch, Span
 from data_pipeline.shards import Shard, ShardError, open_shard
 from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.windows import BLOCK, LONG_DOCUMENTS, BestFit, Stream, Trimmed, Windows, remembered
 
 PADDING = -1
+PACKING = ("stream", "best_fit")
 
 
 @register("data", "text")
@@ -33,10 +36,21 @@ class TextData:
     Args:
         path: corpus artifact, as `python -m data_pipeline` writes it.
         sequence_length: tokens per window.
+        packing: "stream" cuts the documents, one after the other, every `sequence_length` tokens; "best_fit" cuts none
+            that fits into a window, and leaves some padding.
+        long_documents: what happens to a document longer than a window: "split" goes on in other windows, "cut" keeps
+            its beginning, "drop" leaves it out.
     """
 
     path: str = "runs/corpus"
     sequence_length: int = 512
+    packing: str = "stream"
+    long_documents: str = "split"
+
+    @property
+    def corpora(self) -> dict[str, str]:
+        """The artifacts that are read, by the names that they have among a run's inputs."""
+        return {"data": self.path}
 
     def problems(self, config: Any, world_size: int) -> list[Problem]:
         found = []
@@ -44,7 +58,7 @@ class TextData:
             found.append(Problem("data.sequence_length", self.sequence_length, "at least 1 token"))
         if not self.path:
             found.append(Problem("data.path", "", "the directory of a corpus, for instance runs/demo/corpus"))
-        return found
+        return found + window_problems("data", self.packing, self.long_documents)
 
     def open(self, split: str, tokenizer: Tokenizer, seed: int) -> "TextWindows":
         """The windows of one split; the seed plays no part, as nothing is sampled.
@@ -54,38 +68,71 @@ class TextData:
             ShardError: the split is missing, damaged, empty, or of another tokenizer.
         """
         shard, artifact = open_shard(self.path, split, tokenizer)
-        name = fingerprint(["text", artifact.id, split, self.sequence_length])
-        return TextWindows(shard, self.sequence_length, tokenizer.vocabulary, tokenizer.pad, name)
+        windows, name = self.windows(shard, artifact.id)
+        return TextWindows(windows, tokenizer.vocabulary, tokenizer.pad, name)
+
+    def windows(self, shard: Shard, corpus: str) -> tuple[Windows, str]:
+        """How the documents of a shard are laid out, and the fingerprint of that.
+
+        Args:
+            shard: a split of the corpus in `path`.
+            corpus: the id of that artifact.
+        """
+        parts = ["text", corpus, shard.stem.name, self.sequence_length]
+        if self.packing == "stream" and self.long_documents == "split":
+            return Stream(shard, self.sequence_length), fingerprint(parts)
+        name = fingerprint([*parts, self.packing, self.long_documents, BLOCK])
+        kind = BestFit if self.packing == "best_fit" else Trimmed
+        counted = remembered(Path(self.path) / "windows" / f"{name}.npy")
+        return kind(shard, self.sequence_length, self.long_documents, counted), name
+
+
+def window_problems(key: str, packing: str, long_documents: str) -> list[Problem]:
+    """What is wrong with the settings of windows, which stand under `key`."""
+    found = []
+    if packing not in PACKING:
+        found.append(Problem(f"{key}.packing", packing, f"one of {', '.join(PACKING)}"))
+    if long_documents not in LONG_DOCUMENTS:
+        found.append(Problem(f"{key}.long_documents", long_documents, f"one of {', '.join(LONG_DOCUMENTS)}"))
+    return found
 
 
 class TextWindows:
-    """The windows of a shard.
+    """The windows of a shard as micro-batches.
 
     Args:
-        shard: where the tokens are.
-        sequence_length: tokens per window.
+        windows: what each holds.
         vocabulary: ids are below this.
-        pad: id that fills the last window up.
+        pad: id that fills a window up.
         fingerprint: names this set of samples.
 
     Raises:
-        ShardError: there is nothing to predict: fewer than two tokens.
+        ShardError: there is nothing to predict.
     """
 
-    def __init__(self, shard: Shard, sequence_length: int, vocabulary: int, pad: int, fingerprint: str):
-        self.shard = shard
-        self.sequence_length = sequence_length
+    def __init__(self, windows: Windows, vocabulary: int, pad: int, fingerprint: str):
+        self.windows = windows
+        self.shard = windows.shard
         self.vocabulary = vocabulary
         self.pad = pad
         self.fingerprint = fingerprint
-        if len(shard.tokens_T) < 2:
+        if not len(windows):
             raise ShardError(
-                f"{shard.stem} holds {shard.documents} documents with {len(shard.tokens_T)} tokens: nothing to train "
-                "on or to measure. Give more text, or this split a larger share (corpus.validation, corpus.test)."
+                f"{self.shard.stem} holds {self.shard.documents} documents with {len(self.shard.tokens_T)} tokens, of "
+                f"which windows of {windows.sequence_length} leave nothing to train on or to measure. Give more text, "
+                "this split a larger share (corpus.validation, corpus.test), or long_documents=split."
             )
 
     def __len__(self) -> int:
-        return -(-(len(self.shard.tokens_T) - 1) // self.sequence_length)
+        return len(self.windows)
+
+    def spans(self, index: int) -> list[Span]:
+        """What a window holds, in order."""
+        spans = self.windows.spans(index)
+        starts_S = [int(self.shard.starts(number, number + 1)[0]) for number in spans.documents_S.tolist()]
+        begins_S = spans.sources_S - starts_S
+        parts = zip(spans.documents_S, begins_S, begins_S + spans.inputs_S, strict=True)
+        return [Span(str(self.shard.stem), *map(int, part)) for part in parts]
 
     def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
         """Windows by number.
@@ -93,34 +140,36 @@ class TextWindows:
         Raises:
             ShardError: an id is outside the vocabulary: the file was damaged after it was opened.
         """
-        length = self.sequence_length
-        tokens_BL = np.full((len(indices), length), self.pad, dtype=np.int64)
-        labels_BL = np.full((len(indices), length), IGNORED, dtype=np.int64)
-        positions_BL = np.zeros((len(indices), length), dtype=np.int64)
-        documents_BL = np.full((len(indices), length), PADDING, dtype=np.int64)
-        for row, index in enumerate(indices):
-            begin = index * length
-            stream = np.asarray(self.shard.tokens_T[begin : begin + length + 1], dtype=np.int64)
-            count = len(stream) - 1
-            places = np.arange(begin, begin + count + 1)
-            first = np.searchsorted(self.shard.ends_D, begin, side="right")
-            last = np.searchsorted(self.shard.ends_D, places[-1], side="right")
-            ends = self.shard.ends_D[first:last]
-            documents = np.searchsorted(ends, places, side="right")
-            starts = np.concatenate([[begin], ends])[documents]
-            tokens_BL[row, :count] = stream[:-1]
-            labels_BL[row, :count] = np.where(documents[1:] == documents[:-1], stream[1:], IGNORED)
-            positions_BL[row, :count] = (places - starts)[:-1]
-            documents_BL[row, :count] = documents[:-1]
-        if max(tokens_BL.max(), labels_BL.max()) >= self.vocabulary or tokens_BL.min() < 0:
+        length, tokens_T = self.windows.sequence_length, self.shard.tokens_T
+        spans = [self.windows.spans(index) for index in indices]
+        every = type(spans[0]).joined(spans)
+        counts_B = np.array([len(s.inputs_S) for s in spans])
+        first_S = np.repeat(np.cumsum(counts_B) - counts_B, counts_B)  # of the spans of the same window
+        before_S = np.cumsum(every.inputs_S) - every.inputs_S
+        places_S = np.repeat(np.arange(len(spans)) * length, counts_B) + before_S - before_S[first_S]
+        numbers_N = np.arange(every.inputs_S.sum())
+        # Of every token: where it goes, where it comes from, how far it is in its document.
+        places_N = numbers_N + np.repeat(places_S - before_S, every.inputs_S)
+        sources_N = numbers_N + np.repeat(every.sources_S - before_S, every.inputs_S)
+        read_N = tokens_T[sources_N].astype(np.int64)
+        predicted_N = tokens_T[np.minimum(sources_N + 1, len(tokens_T) - 1)].astype(np.int64)
+        predicted_N[(before_S + every.inputs_S - 1)[every.ending_S]] = IGNORED
+        if max(read_N.max(), predicted_N.max()) >= self.vocabulary or read_N.min() < 0:
             raise ShardError(
-                f"{self.shard.stem}.bin has ids {tokens_BL.min()} to {tokens_BL.max()} in windows {list(indices)}, "
-                f"the vocabulary ends at {self.vocabulary - 1}: the file was damaged. Build the corpus again."
+                f"{self.shard.stem}.bin has ids {read_N.min()} to {max(read_N.max(), predicted_N.max())} in windows "
+                f"{list(indices)}, the vocabulary ends at {self.vocabulary - 1}: the file was damaged. Build the "
+                "corpus again."
             )
+
+        def laid_out(values_N: np.ndarray, elsewhere: int) -> torch.Tensor:
+            laid = np.full(len(spans) * length, elsewhere, dtype=np.int64)
+            laid[places_N] = values_N
+            return torch.from_numpy(laid.reshape(len(spans), length))
+
         return MicroBatch(
-            tokens_BL=torch.from_numpy(tokens_BL),
-            labels_BL=torch.from_numpy(labels_BL),
-            positions_BL=torch.from_numpy(positions_BL),
-            documents_BL=torch.from_numpy(documents_BL),
+            tokens_BL=laid_out(read_N, self.pad),
+            labels_BL=laid_out(predicted_N, IGNORED),
+            positions_BL=laid_out(numbers_N - np.repeat(before_S, every.inputs_S), 0),
+            documents_BL=laid_out(np.repeat(np.arange(len(first_S)) - first_S, every.inputs_S), PADDING),
             samples_B=torch.tensor(indices, dtype=torch.int64),
         )

@@ -9,13 +9,14 @@ from data_pipeline.batch import IGNORED
 from data_pipeline.shards import ShardError
 from data_pipeline.text import TextData, TextWindows
 from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.windows import Stream
 from tests.data import standard_library, tiny_corpus, write_shard
 
 EOS, PAD = 0, 1
 
 
 def windows(directory, documents, length):
-    return TextWindows(write_shard(directory / "x", documents), length, vocabulary=512, pad=PAD, fingerprint="x")
+    return TextWindows(Stream(write_shard(directory / "x", documents), length), 512, PAD, "x")
 
 
 def test_a_window_over_three_documents(tmp_path):

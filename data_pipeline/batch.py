@@ -83,3 +83,11 @@ class Samples(Protocol):
     def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
         """The samples with these indices (0 <= index < len), as one micro-batch; `samples_B` holds the indices."""
         ...
+
+
+class Texts(Samples, Protocol):
+    """Samples that are parts of documents."""
+
+    def spans(self, index: int) -> list[Span]:
+        """What a sample holds, in order."""
+        ...

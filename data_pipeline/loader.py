@@ -15,7 +15,7 @@ import torch
 
 from conf.errors import ConfigError, Problem
 from data_pipeline.batch import MicroBatch, Samples
-from data_pipeline.order import Order
+from data_pipeline.order import order_of
 
 AHEAD = 2
 """Steps prepared beyond the one that was asked for."""
@@ -32,7 +32,7 @@ class Loader:
         micro_batches: parts that a rank takes one after the other.
         dp_rank: this rank among the data-parallel ones.
         dp_size: number of data-parallel ranks.
-        seed: of the order.
+        seed: of the order, where the samples have none of their own.
         prepare: the objective's last touch on a micro-batch; runs in the thread.
 
     Raises:
@@ -66,7 +66,7 @@ class Loader:
         self.micro_batches = micro_batches
         self.dp_rank = dp_rank
         self.dp_size = dp_size
-        self.order = Order(len(samples), seed)
+        self.order = order_of(samples, seed)
         self.prepare = prepare
         self._pin = torch.cuda.is_available()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")

@@ -6,6 +6,7 @@ Cycle walking restricts it to [0, length): an image outside is permuted again un
 samples opens at once, and every epoch is another permutation.
 """
 
+from collections.abc import Sequence, Sized
 from typing import overload
 
 import numpy as np
@@ -15,6 +16,41 @@ ROUNDS = 8
 LEAST_HALF = 3
 """Bits: with halves of two, some permutations of five samples come twice as often as others."""
 LONGEST = 2**62
+NAME = int.from_bytes(b"longrun", "big")
+"""Mixed into every seed."""
+
+
+class Orders:
+    """`orders[s, k]` is the index of the k-th sample of an endless run over the samples of source s.
+
+    Args:
+        lengths: number of samples of each source; 1 <= length <= 2^62.
+        seeds: of each source; another seed gives another order.
+    """
+
+    def __init__(self, lengths: Sequence[int], seeds: Sequence[int]):
+        for length in lengths:
+            if not 1 <= length <= LONGEST:
+                raise ValueError(f"an order needs between 1 and 2^62 samples, not {length}")
+        self.lengths_S = np.array(lengths, dtype=np.int64)
+        halves = [max(LEAST_HALF, ((length - 1).bit_length() + 1) // 2) for length in lengths]
+        self._halves_S = np.array(halves, dtype=np.uint64)
+        self._keys_S = _scramble(np.array([seed % 2**64 for seed in seeds], dtype=np.uint64) ^ np.uint64(NAME))
+
+    def __getitem__(self, where: tuple[NDArray[np.integer], NDArray[np.integer]]) -> NDArray[np.int64]:
+        """Indices of the samples at positions k >= 0; epoch e covers [e * length, (e + 1) * length)."""
+        sources, ks = where
+        if ks.size and ks.min() < 0:
+            raise IndexError(f"sample {ks.min()} does not exist: positions count from 0")
+        lengths = self.lengths_S[sources]
+        epochs, positions = np.divmod(ks, lengths)
+        halves, keys = self._halves_S[sources], _scramble(self._keys_S[sources] + epochs.astype(np.uint64))
+        images = positions.astype(np.uint64)
+        outside = np.arange(ks.size)
+        while outside.size:  # the domain is at most 4 times the length (or 64), so few walk far
+            images[outside] = _permute(images[outside], keys[outside], halves[outside])
+            outside = outside[images[outside] >= lengths[outside]]
+        return images.astype(np.int64)
 
 
 class Order:
@@ -26,12 +62,8 @@ class Order:
     """
 
     def __init__(self, length: int, seed: int):
-        if not 1 <= length <= LONGEST:
-            raise ValueError(f"an order needs between 1 and 2^62 samples, not {length}")
         self.length = length
-        self._half = np.uint64(max(LEAST_HALF, ((length - 1).bit_length() + 1) // 2))
-        self._mask = np.uint64((1 << int(self._half)) - 1)
-        self._key = _scramble(np.uint64(seed % 2**64) ^ np.uint64(0x6C6F6E6772756E))
+        self._orders = Orders([length], [seed])
 
     @overload
     def __getitem__(self, k: int) -> int: ...
@@ -39,30 +71,40 @@ class Order:
     def __getitem__(self, k: NDArray[np.integer]) -> NDArray[np.int64]: ...
 
     def __getitem__(self, k):
-        """Indices of the samples at positions k >= 0; epoch e covers [e * length, (e + 1) * length)."""
+        """Index of the sample at position k >= 0, or at each of several."""
         ks = np.atleast_1d(np.asarray(k, dtype=np.int64))
-        if ks.size and ks.min() < 0:
-            raise IndexError(f"sample {ks.min()} does not exist: positions count from 0")
-        epochs, positions = np.divmod(ks, self.length)
-        keys = _scramble(self._key + epochs.astype(np.uint64))
-        images = positions.astype(np.uint64)
-        outside = np.arange(ks.size)
-        while outside.size:  # the domain is at most 4 times the length (or 64), so few walk far
-            images[outside] = self._permute(images[outside], keys[outside])
-            outside = outside[images[outside] >= self.length]
-        return images.astype(np.int64) if np.ndim(k) else int(images[0])
-
-    def _permute(self, values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        left, right = values >> self._half, values & self._mask
-        for _ in range(ROUNDS):
-            keys = _scramble(keys)
-            left, right = right, left ^ (_scramble(keys ^ right) >> np.uint64(64 - int(self._half)))
-        return (left << self._half) | right
+        indices = self._orders[np.zeros_like(ks), ks]
+        return indices if np.ndim(k) else int(indices[0])
 
 
-def _scramble(x: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
+class AsNumbered:
+    """The order of samples that are numbered by their position in the run: they know themselves what comes when."""
+
+    @overload
+    def __getitem__(self, k: int) -> int: ...
+    @overload
+    def __getitem__(self, k: NDArray[np.integer]) -> NDArray[np.int64]: ...
+
+    def __getitem__(self, k):
+        return k
+
+
+def order_of(samples: Sized, seed: int) -> Order | AsNumbered:
+    """In which order a run visits samples: their own (`samples.order`) where they have one."""
+    return getattr(samples, "order", None) or Order(len(samples), seed)
+
+
+def _permute(values: NDArray[np.uint64], keys: NDArray[np.uint64], halves: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    left, right, surplus = values >> halves, values & ((np.uint64(1) << halves) - np.uint64(1)), np.uint64(64) - halves
+    for _ in range(ROUNDS):
+        keys = _scramble(keys)
+        left, right = right, left ^ (_scramble(keys ^ right) >> surplus)
+    return (left << halves) | right
+
+
+def _scramble(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """splitmix64 (Steele et al. 2014): neighbouring inputs give unrelated outputs. Arithmetic is modulo 2^64."""
-    x = np.atleast_1d(np.asarray(x, dtype=np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+    x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -223,6 +223,17 @@ class Shard:
             yield self.tokens_T[begin : begin + CHUNK]
 
 
+def stem_of(corpus: Artifact, split: str) -> Path:
+    """The stem of a split's shard.
+
+    Raises:
+        ShardError: the corpus has no such split.
+    """
+    if split not in (splits := corpus.metrics["splits"]):
+        raise ShardError(f"{corpus.path} has no split {split!r}; it has {', '.join(sorted(splits))}.")
+    return corpus.path / "shards" / split
+
+
 def open_shard(path: str | Path, split: str, tokenizer: Tokenizer) -> tuple[Shard, Artifact]:
     """A split of a corpus artifact, checked against its manifest and against the tokenizer that will be used.
 
@@ -231,9 +242,8 @@ def open_shard(path: str | Path, split: str, tokenizer: Tokenizer) -> tuple[Shar
         ShardError: the split does not exist, was damaged after it was made, or was made with another tokenizer.
     """
     artifact = Artifact.read(path, kind="corpus")
+    stem = stem_of(artifact, split)
     splits = artifact.metrics["splits"]
-    if split not in splits:
-        raise ShardError(f"{path} has no split {split!r}; it has {', '.join(sorted(splits))}.")
     made_with = artifact.facts["tokenizer"]
     if made_with["fingerprint"] != tokenizer.fingerprint:
         raise ShardError(
@@ -247,7 +257,6 @@ def open_shard(path: str | Path, split: str, tokenizer: Tokenizer) -> tuple[Shar
             f"{path} holds token {splits[split]['largest_token']}, the vocabulary ends at {tokenizer.vocabulary - 1}; "
             "build the corpus again with this tokenizer."
         )
-    stem = Path(path) / "shards" / split
     for ending in (".idx", ".bin"):
         file = _ending(stem, ending)
         record = artifact.files.get(f"shards/{file.name}")

@@ -39,18 +39,13 @@ class TextData:
         packing: "stream" cuts the documents, one after the other, every `sequence_length` tokens; "best_fit" cuts none
             that fits into a window, and leaves some padding.
         long_documents: what happens to a document longer than a window: "split" goes on in other windows, "cut" keeps
-            its beginning, "drop" leaves it out.
+            its beginning, "drop" leaves it out. Held-out documents are read whole.
     """
 
     path: str = "runs/corpus"
     sequence_length: int = 512
     packing: str = "stream"
     long_documents: str = "split"
-
-    @property
-    def corpora(self) -> dict[str, str]:
-        """The artifacts that are read, by the names that they have among a run's inputs."""
-        return {"data": self.path}
 
     def problems(self, config: Any, world_size: int) -> list[Problem]:
         found = []
@@ -78,13 +73,15 @@ class TextData:
             shard: a split of the corpus in `path`.
             corpus: the id of that artifact.
         """
-        parts = ["text", corpus, shard.stem.name, self.sequence_length]
-        if self.packing == "stream" and self.long_documents == "split":
+        split = shard.stem.name
+        parts = ["text", corpus, split, self.sequence_length]
+        long_documents = self.long_documents if split == "train" else "split"
+        if self.packing == "stream" and long_documents == "split":
             return Stream(shard, self.sequence_length), fingerprint(parts)
-        name = fingerprint([*parts, self.packing, self.long_documents, BLOCK])
+        name = fingerprint([*parts, self.packing, long_documents, BLOCK])
         kind = BestFit if self.packing == "best_fit" else Trimmed
         counted = remembered(Path(self.path) / "windows" / f"{name}.npy")
-        return kind(shard, self.sequence_length, self.long_documents, counted), name
+        return kind(shard, self.sequence_length, long_documents, counted), name
 
 
 def window_problems(key: str, packing: str, long_documents: str) -> list[Problem]:

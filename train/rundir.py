@@ -4,6 +4,7 @@ import hashlib
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ IRRELEVANT = (
     "eval",
     "export",
     "data.path",
+    "data.sources.*.path",
     "init_from",
     "stage.compile",
     "stage.checkpoint_every",
@@ -41,7 +43,7 @@ IRRELEVANT = (
     "stage.max_skipped",
 )
 """Keys that may differ between a run and its continuation: they change where and how it is computed, or name inputs
-whose content is compared instead."""
+whose content is compared instead. A * is any name."""
 
 NAMED = ("model", "data", "optim", "schedule", "objective")
 """Groups whose options make different runs."""
@@ -56,7 +58,7 @@ def recipe(resolved: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in _flat(resolved).items()
-        if not any(key == name or key.startswith(name + ".") for name in IRRELEVANT)
+        if not any(fnmatchcase(key, name) or fnmatchcase(key, name + ".*") for name in IRRELEVANT)
     }
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from conf.errors import LongrunError
 from data_pipeline.artifact import Draft
 from data_pipeline.loader import Loader
+from data_pipeline.mixture import Mixture
 from parallel.distributed import World
 from parallel.precision import compute_dtype
 from train import checkpoint
@@ -222,10 +223,11 @@ class Session:
 
     def _bits_per_byte(self) -> float:
         """From nats per token to bits per byte of the validation split, where the loss is over whole texts."""
-        split = self.start.inputs["data"].metrics.get("splits", {}).get("validation", {})
-        if not isinstance(self.config.objective, CausalLM) or not split.get("bytes"):
+        splits = [artifact.metrics.get("splits", {}).get("validation", {}) for artifact in self.start.data]
+        size = sum(split.get("bytes", 0) for split in splits)
+        if not isinstance(self.config.objective, CausalLM) or not size:
             return 0.0
-        return float(split["tokens"] / split["bytes"] / math.log(2))
+        return float(sum(split.get("tokens", 0) for split in splits) / size / math.log(2))
 
     def _publish(self, loop: Loop, validation: dict[str, float]) -> None:
         """Write the weights as a Hugging Face directory, then the manifest."""
@@ -256,6 +258,8 @@ class Session:
             "peak_memory_bytes": memory_bytes,
             "shares": loop.clock.shares(),
         }
+        if isinstance(self.samples, Mixture):
+            summary["mixture"] = self.samples.given(self.progress.samples)
         draft = Draft(
             self.directory,
             self.stage.kind,
@@ -272,7 +276,7 @@ class Session:
             earlier_s=loop.earlier_s,
         )
         artifact = draft.publish(f"{MODEL}/**/*")
-        loop.monitor.metrics.close({name: value for name, value in summary.items() if name != "shares"})
+        loop.monitor.metrics.close({name: value for name, value in summary.items() if not isinstance(value, dict)})
         self._say(_closing(artifact.path, summary))
 
     def _say(self, text: str) -> None:
@@ -282,8 +286,12 @@ class Session:
 
 def _closing(path: Path, summary: dict[str, Any]) -> str:
     shares = "  ".join(f"{name} {share:.1%}" for name, share in summary["shares"].items())
+    sources = "  ".join(
+        f"{name} {given['tokens']:,} tokens ({given['epochs']:.3g} epochs)"
+        for name, given in summary.get("mixture", {}).items()
+    )
     return (
         f"{path} is done: {summary['steps']} steps, {summary['tokens']:,} tokens, validation loss "
         f"{summary['validation_loss']:.4f}\n{summary['tokens_per_s']:,.0f} tokens/s, MFU {summary['mfu']:.1%}, "
         f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB a process; time: {shares}"
-    )
+    ) + (f"\nread: {sources}" if sources else "")

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,10 +25,11 @@ class StartError(LongrunError):
 
 @dataclass(frozen=True)
 class Start:
-    """Resolved from `data.path`, `init_from` and `model`.
+    """Resolved from the paths in `data`, `init_from` and `model`.
 
     Args:
-        tokenizer: the corpus's where it has one, else that of `init_from`; with the chat template that the data name.
+        tokenizer: the corpora's where they have one, else that of `init_from`; with the chat template that the data
+            name.
         architecture: that of `init_from` (with the dropout, attention kernel and balance of experts of `model`), else
             `model`.
         vocabulary: rows of the embedding: the tokenizer's ids, and any surplus that `init_from` has.
@@ -54,14 +55,13 @@ class Start:
             TemplateError: the tokenizer lacks tokens of the chat template.
             ConfigError: the layout cannot divide the model of `init_from`.
         """
-        data = Path(config.data.path)
-        inputs = {"data": Artifact.read(data)}
-        fingerprints = {"data": inputs["data"].id}
-        own = Tokenizer.load(data / "tokenizer") if (data / "tokenizer").is_dir() else None
+        inputs = {name: Artifact.read(path) for name, path in _paths(config.data).items()}
+        fingerprints = {name: artifact.id for name, artifact in inputs.items()}
+        own, data = _tokenizer(list(inputs.values()))
         if not config.init_from:
             if own is None:
                 raise StartError(
-                    f"data.path={data} brings no tokenizer and init_from is empty: set init_from to the model to go on "
+                    f"{data} brings no tokenizer and init_from is empty: set init_from to the model to go on "
                     "from (a run directory, an export, or a Hugging Face directory), whose tokenizer is used."
                 )
             fingerprints["tokenizer"] = own.fingerprint
@@ -94,6 +94,11 @@ class Start:
         return cls(tokenizer, architecture, max(rows, tokenizer.vocabulary), directory, inputs, fingerprints)
 
     @property
+    def data(self) -> list[Artifact]:
+        """What the samples come from."""
+        return [artifact for name, artifact in self.inputs.items() if name != "model"]
+
+    @property
     def foreign(self) -> dict[str, str]:
         """Part of the recipe: initial weights that come from no artifact, by their content."""
         return {"init_from": self.fingerprints["model"]} if self.weights and "model" not in self.inputs else {}
@@ -110,6 +115,31 @@ class Start:
             initialise(model, seed)
         else:
             hf_weights.load(model, self.weights, self.architecture)
+
+
+def _paths(data: Any) -> dict[str, str]:
+    """The artifacts that an option of `data` reads, by the names that they have among the inputs."""
+    return getattr(data, "corpora", None) or {"data": data.path}
+
+
+def _tokenizer(data: list[Artifact]) -> tuple[Tokenizer | None, Path]:
+    """The tokenizer that the data bring, if they do, and where it is.
+
+    Raises:
+        StartError: they bring different ones.
+    """
+    directories = [artifact.path for artifact in data if (artifact.path / "tokenizer").is_dir()]
+    if not directories:
+        return None, data[0].path
+    first, *others = (Tokenizer.load(directory / "tokenizer") for directory in directories)
+    for directory, other in zip(directories[1:], others, strict=True):
+        if other.fingerprint != first.fingerprint:
+            raise StartError(
+                f"{directory} was made with another tokenizer ({other.fingerprint}, {other.vocabulary} ids) than "
+                f"{directories[0]} ({first.fingerprint}, {first.vocabulary} ids): the same numbers would mean other "
+                f"words. Make it again with corpus.tokenizer={directories[0] / 'tokenizer'}."
+            )
+    return first, directories[0]
 
 
 def _check_length(config: "RunConfig", architecture: DecoderConfig, source: str) -> None:

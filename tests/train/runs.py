@@ -61,7 +61,7 @@ class Running:
 
 
 def begin(
-    corpus: Path,
+    corpus: Path | None,
     run_dir: Path,
     *settings: str,
     ranks: int = 1,
@@ -71,13 +71,15 @@ def begin(
     last: tuple[str, ...] = (),
 ) -> Running:
     """Start `python -m train` as so many ranks; what they print goes to files in `logs`, or beside run_dir. `env` are
-    further environment variables, `last` further settings of the last rank only."""
+    further environment variables, `last` further settings of the last rank only; without a corpus, `settings` say what
+    is read."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
-    arguments = [f"stage={stage}", f"data.path={corpus}", f"run_dir={run_dir}", *SETTINGS, *settings]
+    data = [f"data.path={corpus}"] if corpus else []
+    arguments = [f"stage={stage}", *data, f"run_dir={run_dir}", *SETTINGS, *settings]
     processes, files = [], []
     for rank in range(ranks):
         variables = {
@@ -100,7 +102,7 @@ def begin(
     return Running(processes, files, store)
 
 
-def complete(corpus: Path, run_dir: Path, *settings: str, **how: Any) -> str:
+def complete(corpus: Path | None, run_dir: Path, *settings: str, **how: Any) -> str:
     """A run that must end well, as for `begin`; returns what rank 0 printed."""
     running = begin(corpus, run_dir, *settings, **how)
     ranks = len(running.processes)

@@ -34,7 +34,7 @@ def test_each_source_gives_its_samples_in_order_and_no_more_than_it_may(case):
         mine = numbers[sources == source]
         assert np.array_equal(mine, np.arange(len(mine)))
         assert len(mine) <= cap
-    last = max(i for i, stage in enumerate(stages) if i == 0 or stage.begin < blend.length)
+    last = max(i for i, stage in enumerate(stages) if i == 0 or stage.begin <= blend.length)
     given_S = np.bincount(sources, minlength=3)
     assert all(given_S[s] == caps[s] for s in range(3) if stages[last].weights[s]), "it ended before it was dry"
 

@@ -53,6 +53,10 @@ def split_sentences(text: str) -> list[str]:
     return [text[begin:end] for begin, end in pairwise([0, *english().sentence_ends(text), len(text)])]
 
 
+def count_sentences(text: str) -> int:
+    return 1 + len(english().sentence_ends(text))
+
+
 @cache
 def english() -> "Splitter":
     """The splitter of this process, with all that it remembers."""

@@ -91,10 +91,12 @@ class Ledger:
     Args:
         steps: counts by step, as the manifest has them.
         quarantine: what was dropped, as its file has it.
+        findings: whatever else a step has to say, for the manifest.
     """
 
     steps: list[dict[str, Any]] = field(default_factory=list)
     quarantine: list[Record] = field(default_factory=list)
+    findings: dict[str, Any] = field(default_factory=dict)
 
     def enter(
         self, name: str, given: int, kept: int, dropped: Iterable[Record], counts: Mapping[str, int] | None = None
@@ -175,7 +177,7 @@ def convert(
     for source in files:
         for row in rows(source.file):
             given += 1
-            made, name, reason, faults = _converted(row, form, rename, source.kind)
+            made, name, reason, faults = converted(row, form, rename, source.kind)
             counts[name] += 1
             if faults:
                 bad += [f"{source.file}:{row.number}: {fault}" for fault in faults]
@@ -196,7 +198,7 @@ def convert(
     return examples
 
 
-def _converted(
+def converted(
     row: Row, form: str, rename: Mapping[str, str], kind: str | None
 ) -> tuple[list[Converted], str, str, list[str]]:
     """Examples of a row, the name of its format, and the reason and the faults where it has any."""

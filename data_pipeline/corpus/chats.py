@@ -1,5 +1,6 @@
 """corpus=chats: conversations and preferences that people bring, recognised, checked, converted and split."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from conf.registry import register
 from data_pipeline.artifact import Draft, finished, locked, sha256_of, withdraw
 from data_pipeline.config import DataSet, PipelineConfig
 from data_pipeline.examples import PREFIXES, SPLITS, Example, Ledger, Source, check_splits, convert, sources, split
-from data_pipeline.formats.base import FORMATS
+from data_pipeline.formats.base import FORMATS, Record
 from data_pipeline.records import KIND, EmptySetError, write_records
 
 BAD = ("refuse", "quarantine")
@@ -67,35 +68,15 @@ class Chats(DataSet):
             EmptySetError: there is no such file, or a split would be empty.
             OccupiedError: the directory holds an artifact of another kind.
         """
-        directory = Path(config.run_dir)
         files, unread = sources(Path(self.path))
         if not files:
             raise EmptySetError(
                 f"{self.path} holds neither train.jsonl nor preferences_train.jsonl; give such a directory, or a file."
             )
-        recipe = self._recipe(files)
-        with locked(directory):
-            if done := finished(directory, KIND, recipe, {}):
-                done.verify()
-                print(f"{directory} is finished ({done.id}): nothing to do", flush=True)
-                return 0
-            ledger = Ledger()
-            made = self._splits(self._sifted(files, ledger))
-            withdraw(directory, KIND)
-            draft = Draft(directory, KIND, recipe, {})
-            counts = {stem: write_records(directory / f"{stem}.jsonl", records) for stem, records in made.items()}
-            (directory / QUARANTINE).parent.mkdir(exist_ok=True)
-            write_records(directory / QUARANTINE, ledger.quarantine)
-            draft.metrics = {"records": counts, "steps": ledger.steps}
-            draft.facts = {"source": str(Path(self.path).resolve())}
-            artifact = draft.publish(*(f"{stem}.jsonl" for stem in counts), QUARANTINE)
-        total = ", ".join(f"{name} {number:,}" for name, number in counts.items())
-        print(f"{directory} is done: {KIND} {artifact.id}, records: {total}", flush=True)
-        if ledger.quarantine:
-            print(f"{len(ledger.quarantine):,} records are in {directory / QUARANTINE}, each with its reason")
         if unread:
             print(f"not read, for their names say no split: {', '.join(file.name for file in unread)}")
-        return 0
+        directory = Path(config.run_dir)
+        return published(directory, self._recipe(files), lambda ledger: self._splits(self._sifted(files, ledger)))
 
     def _recipe(self, files: list[Source]) -> dict[str, Any]:
         """What decides the result."""
@@ -112,18 +93,57 @@ class Chats(DataSet):
         """The examples that all steps pass on."""
         return convert(files, self.format, self.rename, self.bad == "quarantine", ledger)
 
-    def _splits(self, examples: list[Example]) -> dict[str, list[dict[str, Any]]]:
+    def _splits(self, examples: list[Example]) -> dict[str, list[Record]]:
         """File stem -> records, none of them empty."""
-        if not examples:
-            raise EmptySetError(f"{self.path} holds no record that can be used; there is nothing to train on.")
-        check_splits(examples)
-        splits = split(examples, self.validation, self.test)
-        for prefix in PREFIXES.values():
-            there = [name for name in SPLITS if f"{prefix}{name}" in splits]
-            needed = ("train", "validation") if there else ()
-            if empty := [name for name in needed if not splits.get(f"{prefix}{name}")]:
-                raise EmptySetError(
-                    f"{self.path}: {prefix}{empty[0]} would hold no record. Give {prefix}{empty[0]}.jsonl, more "
-                    "records, or another corpus.validation."
-                )
-        return splits
+        return parted(examples, self.validation, self.test, self.path)
+
+
+def parted(examples: list[Example], validation: float, test: float, source: str) -> dict[str, list[Record]]:
+    """File stem -> records, none of them empty.
+
+    Raises:
+        SharedPromptError: splits that were given share prompts; lists them.
+        EmptySetError: a split would be empty.
+    """
+    if not examples:
+        raise EmptySetError(f"{source} holds no record that can be used; there is nothing to train on.")
+    check_splits(examples)
+    splits = split(examples, validation, test)
+    for prefix in PREFIXES.values():
+        there = [name for name in SPLITS if f"{prefix}{name}" in splits]
+        needed = ("train", "validation") if there else ()
+        if empty := [name for name in needed if not splits.get(f"{prefix}{name}")]:
+            raise EmptySetError(
+                f"{source}: {prefix}{empty[0]} would hold no record. Give {prefix}{empty[0]}.jsonl, more records, or "
+                "another corpus.validation."
+            )
+    return splits
+
+
+def published(directory: Path, recipe: dict[str, Any], make: Callable[[Ledger], dict[str, list[Record]]]) -> int:
+    """A chat artifact, made or found made; returns the exit code.
+
+    Args:
+        directory: becomes the artifact.
+        recipe: what decides the result.
+        make: gives file stem -> records, and writes into the ledger what it dropped.
+    """
+    with locked(directory):
+        if done := finished(directory, KIND, recipe, {}):
+            done.verify()
+            print(f"{directory} is finished ({done.id}): nothing to do", flush=True)
+            return 0
+        ledger = Ledger()
+        made = make(ledger)
+        withdraw(directory, KIND)
+        draft = Draft(directory, KIND, recipe, {})
+        counts = {stem: write_records(directory / f"{stem}.jsonl", records) for stem, records in made.items()}
+        (directory / QUARANTINE).parent.mkdir(exist_ok=True)
+        write_records(directory / QUARANTINE, ledger.quarantine)
+        draft.metrics = {"records": counts, "steps": ledger.steps, **ledger.findings}
+        artifact = draft.publish(*(f"{stem}.jsonl" for stem in counts), QUARANTINE)
+    total = ", ".join(f"{name} {number:,}" for name, number in counts.items())
+    print(f"{directory} is done: {KIND} {artifact.id}, records: {total}", flush=True)
+    if ledger.quarantine:
+        print(f"{len(ledger.quarantine):,} are in {directory / QUARANTINE}, each with step and reason", flush=True)
+    return 0

@@ -132,7 +132,7 @@ def test_bad_records_of_all_files_are_told_together_or_go_to_quarantine(tmp_path
     assert Artifact.read(tmp_path / "run").metrics["steps"][0]["dropped"] == {
         "not_json": 1, "not_utf8": 1, "unknown_format": 1, "wrong_shape": 2,
     }  # fmt: skip
-    assert "5 records are in" in capsys.readouterr().out
+    assert "5 are in" in capsys.readouterr().out
 
 
 def test_files_whose_names_say_no_split_are_mentioned(tmp_path, capsys):

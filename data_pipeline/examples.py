@@ -114,20 +114,27 @@ class Ledger:
         self.steps.append({**step, "counts": dict(counts or {})})
         self.quarantine += refused
 
-    def sift(self, name: str, examples: Sequence[Example], drops: Mapping[int, Drop]) -> list[Example]:
+    def sift(
+        self,
+        name: str,
+        examples: Sequence[Example],
+        drops: Mapping[int, Drop],
+        counts: Mapping[str, int] | None = None,
+    ) -> list[Example]:
         """The examples that a step does not drop.
 
         Args:
             name: of the step.
             examples: all that it saw.
             drops: index among them -> why it goes.
+            counts: whatever else the step counted.
         """
         kept = [example for number, example in enumerate(examples) if number not in drops]
         dropped = [
             {"reason": drop.reason, "fault": drop.fault, "place": examples[number].place, **_shown(examples[number])}
             for number, drop in sorted(drops.items())
         ]
-        self.enter(name, len(examples), len(kept), dropped)
+        self.enter(name, len(examples), len(kept), dropped, counts)
         return kept
 
 

@@ -1,20 +1,22 @@
 """corpus=chats: conversations and preferences that people bring, recognised, checked, converted and split."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from conf.errors import Problem
 from conf.registry import register
-from data_pipeline.artifact import Draft, finished, locked, sha256_of, withdraw
+from data_pipeline.artifact import sha256_of
 from data_pipeline.config import DataSet, PipelineConfig
-from data_pipeline.examples import PREFIXES, SPLITS, Example, Ledger, Source, check_splits, convert, sources, split
+from data_pipeline.examples import Example, Ledger, Source, convert, sources
 from data_pipeline.formats.base import FORMATS, Record
-from data_pipeline.records import KIND, EmptySetError, write_records
+from data_pipeline.judge import Judging, graded
+from data_pipeline.publishing import parted, published
+from data_pipeline.records import EmptySetError
 
 BAD = ("refuse", "quarantine")
-QUARANTINE = "quarantine/chats.jsonl"
+GRADES = "judge/grades.jsonl"
+"""No part of the artifact: what the judge said, so that nothing is asked twice."""
 
 
 @register("corpus", "chats")
@@ -32,6 +34,7 @@ class Chats(DataSet):
         bad: what happens to records with a fault: "refuse" lists them all and stops, "quarantine" goes on without.
         validation: share of the prompts whose records become the validation split, chosen by hash; in (0, 1).
         test: likewise for the test split; in [0, 1).
+        judge: the model that grades answers, and what must be reached; see `data_pipeline.judge.Judging`.
     """
 
     path: str = ""
@@ -40,6 +43,7 @@ class Chats(DataSet):
     bad: str = "refuse"
     validation: float = 0.02
     test: float = 0.0
+    judge: Judging = field(default_factory=Judging)
 
     def problems(self, config: PipelineConfig, world_size: int) -> list[Problem]:
         found = []
@@ -53,6 +57,7 @@ class Chats(DataSet):
             found.append(Problem("corpus.format", self.format, fix))
         if self.bad not in BAD:
             found.append(Problem("corpus.bad", self.bad, f"one of {', '.join(BAD)}"))
+        found += self.judge.problems("corpus.judge")
         if not (0 < self.validation < 1 and 0 <= self.test < 1 and self.validation + self.test < 1):
             shares = f"{self.validation}, {self.test}"
             found.append(Problem("corpus.validation, corpus.test", shares, "shares above 0 and together below 1"))
@@ -66,6 +71,7 @@ class Chats(DataSet):
             FileError: a file is damaged.
             SharedPromptError: splits that are there share prompts; lists them.
             EmptySetError: there is no such file, or a split would be empty.
+            JudgeError: the judge cannot be asked, or fails on too many records.
             OccupiedError: the directory holds an artifact of another kind.
         """
         files, unread = sources(Path(self.path))
@@ -76,7 +82,8 @@ class Chats(DataSet):
         if unread:
             print(f"not read, for their names say no split: {', '.join(file.name for file in unread)}")
         directory = Path(config.run_dir)
-        return published(directory, self._recipe(files), lambda ledger: self._splits(self._sifted(files, ledger)))
+        kept = directory / GRADES
+        return published(directory, self._recipe(files), lambda ledger: self._splits(self._sifted(files, kept, ledger)))
 
     def _recipe(self, files: list[Source]) -> dict[str, Any]:
         """What decides the result."""
@@ -86,64 +93,17 @@ class Chats(DataSet):
             "format": self.format,
             "rename": dict(self.rename),
             "bad": self.bad,
+            "judge": self.judge.decisive(),
             "files": {source.file.name: sha256_of(source.file) for source in files},
         }
 
-    def _sifted(self, files: list[Source], ledger: Ledger) -> list[Example]:
-        """The examples that all steps pass on."""
-        return convert(files, self.format, self.rename, self.bad == "quarantine", ledger)
+    def _sifted(self, files: list[Source], kept: Path, ledger: Ledger) -> list[Example]:
+        """The examples that all steps pass on; grades are kept in a file."""
+        examples = convert(files, self.format, self.rename, self.bad == "quarantine", ledger)
+        if self.judge.target:
+            examples = graded(examples, self.judge, kept, ledger)
+        return examples
 
     def _splits(self, examples: list[Example]) -> dict[str, list[Record]]:
         """File stem -> records, none of them empty."""
         return parted(examples, self.validation, self.test, self.path)
-
-
-def parted(examples: list[Example], validation: float, test: float, source: str) -> dict[str, list[Record]]:
-    """File stem -> records, none of them empty.
-
-    Raises:
-        SharedPromptError: splits that were given share prompts; lists them.
-        EmptySetError: a split would be empty.
-    """
-    if not examples:
-        raise EmptySetError(f"{source} holds no record that can be used; there is nothing to train on.")
-    check_splits(examples)
-    splits = split(examples, validation, test)
-    for prefix in PREFIXES.values():
-        there = [name for name in SPLITS if f"{prefix}{name}" in splits]
-        needed = ("train", "validation") if there else ()
-        if empty := [name for name in needed if not splits.get(f"{prefix}{name}")]:
-            raise EmptySetError(
-                f"{source}: {prefix}{empty[0]} would hold no record. Give {prefix}{empty[0]}.jsonl, more records, or "
-                "another corpus.validation."
-            )
-    return splits
-
-
-def published(directory: Path, recipe: dict[str, Any], make: Callable[[Ledger], dict[str, list[Record]]]) -> int:
-    """A chat artifact, made or found made; returns the exit code.
-
-    Args:
-        directory: becomes the artifact.
-        recipe: what decides the result.
-        make: gives file stem -> records, and writes into the ledger what it dropped.
-    """
-    with locked(directory):
-        if done := finished(directory, KIND, recipe, {}):
-            done.verify()
-            print(f"{directory} is finished ({done.id}): nothing to do", flush=True)
-            return 0
-        ledger = Ledger()
-        made = make(ledger)
-        withdraw(directory, KIND)
-        draft = Draft(directory, KIND, recipe, {})
-        counts = {stem: write_records(directory / f"{stem}.jsonl", records) for stem, records in made.items()}
-        (directory / QUARANTINE).parent.mkdir(exist_ok=True)
-        write_records(directory / QUARANTINE, ledger.quarantine)
-        draft.metrics = {"records": counts, "steps": ledger.steps, **ledger.findings}
-        artifact = draft.publish(*(f"{stem}.jsonl" for stem in counts), QUARANTINE)
-    total = ", ".join(f"{name} {number:,}" for name, number in counts.items())
-    print(f"{directory} is done: {KIND} {artifact.id}, records: {total}", flush=True)
-    if ledger.quarantine:
-        print(f"{len(ledger.quarantine):,} are in {directory / QUARANTINE}, each with step and reason", flush=True)
-    return 0

@@ -9,9 +9,9 @@ from conf.registry import register
 from data_pipeline.agreement import MAJORITY, NOMINAL, RULES, decided, report, standing
 from data_pipeline.artifact import sha256_of
 from data_pipeline.config import DataSet, PipelineConfig
-from data_pipeline.corpus.chats import parted, published
 from data_pipeline.examples import Example, Ledger, converted
 from data_pipeline.formats.base import PREFERENCE, Record
+from data_pipeline.publishing import parted, published
 from data_pipeline.rows import Row
 from data_pipeline.votes import TIE, preference, read_items, read_votes
 

@@ -7,12 +7,12 @@ import pytest
 from conf.errors import ConfigError
 from data_pipeline.artifact import Artifact
 from data_pipeline.chat import ChatData
-from data_pipeline.corpus.chats import QUARANTINE
 from data_pipeline.examples import Drop, Example, Ledger, LostExamplesError, SharedPromptError, split
 from data_pipeline.formats.base import CHAT, KTO
 from data_pipeline.kto import kto_faults
 from data_pipeline.preference import PreferenceData
 from data_pipeline.prompts import normalised, opening
+from data_pipeline.publishing import QUARANTINE
 from data_pipeline.records import RecordError
 from tests.data_pipeline.chats import tokenizer, write_jsonl
 from tests.data_pipeline.conversations import answers, asks

@@ -10,8 +10,8 @@ from conf import entry
 from conf.errors import ConfigError
 from data_pipeline.artifact import Artifact
 from data_pipeline.config import PipelineConfig
-from data_pipeline.corpus.chats import QUARANTINE
 from data_pipeline.preference import PreferenceData
+from data_pipeline.publishing import QUARANTINE
 from data_pipeline.records import RecordError
 from tests.data_pipeline.chats import tokenizer, write_jsonl
 from tests.data_pipeline.conversations import answers, asks

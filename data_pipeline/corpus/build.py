@@ -121,16 +121,17 @@ def make_steps(
         from data_pipeline.engine.chain import Curate, curated
         from data_pipeline.engine.pieces import Tally, execute, tallied, writer
         from data_pipeline.engine.portrait import Portrait, portrayed
-        from data_pipeline.readers.reading import Usable
+        from data_pipeline.readers.reading import Usable, passed_over
 
         readers = [reader for source in corpus.sources.values() for reader in source.readers(cache)]
         usable = Curate({"read": Usable()}, draft.path, draft.path / "quarantine")
-        tally = Tally(["source", "version", "licence", "url"])
+        tally = Tally(["source", "version", "licence", "home"])
         portrait = Portrait()
         pipeline = [*readers, usable, tally, portrait, writer(draft.path / "pieces")]
         totals = execute(pipeline, draft.path / "logs", corpus.pieces, workers)
         draft.metrics["steps"] = curated(["read"], totals[usable.name])
         draft.metrics["portrait"] = portrayed(totals[portrait.name])
+        draft.metrics["passed_over"] = passed_over(totals)
         draft.metrics["sources"] = [
             {"name": name, "version": version, "licence": licence, "url": url, **counts}
             for (name, version, licence, url), counts in sorted(tallied(totals[tally.name]).items())
@@ -290,6 +291,7 @@ def publish(directory: Path, settings: dict[str, Any], steps: Mapping[str, Artif
     draft = Draft(directory, "corpus", settings, {})
     draft.metrics = {
         "sources": steps["read"].metrics["sources"],
+        "passed_over": steps["read"].metrics["passed_over"],
         "steps": counts,
         "portrait": {"read": steps["read"].metrics["portrait"], "kept": steps["split"].metrics["portrait"]},
         **{key: steps["shards"].metrics[key] for key in ("splits", "tokens", "lengths", "tokenizer")},

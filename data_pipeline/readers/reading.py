@@ -1,36 +1,49 @@
-"""Readers: files, source distributions and records become datatrove documents.
+"""What all readers share: where documents come from, what is wrong with them, and files that are read one by one.
 
-A reader drops nothing. What cannot be used is passed on with its fault, for the filter that follows to put in
+A reader drops nothing. What cannot be used is passed on with its fault, for the step that follows to put in
 quarantine: a line that is no JSON must be counted, not skipped.
+
+What is wrong with the bytes (damaged, breaks off, not UTF-8, another shape) is such a fault, and everything before and
+after it is read. What is wrong with the place (a file that vanishes, changes or cannot be read meanwhile) stops the
+build, as the next run would find other text.
 """
 
-import gzip
-import tarfile
-import zlib
-from collections.abc import Iterator, Sequence
+import codecs
+import errno
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from functools import partial
+from datetime import UTC, date, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import orjson
-import zstandard
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.readers.base import BaseReader
-from datatrove.pipeline.readers.huggingface import HuggingFaceDatasetReader
-from datatrove.pipeline.readers.jsonl import JsonlReader
 
 from data_pipeline.page import Page
-from data_pipeline.sources.base import SourceError
+from data_pipeline.readers.streams import DamageError, blocks, vanished
+from data_pipeline.sources.base import Fields, excluded
 from data_pipeline.steps.base import DocumentStep, Verdict
 
 FAULT = "fault"
 """Metadata key: why a document cannot be used."""
-LARGEST_FILE = 4 * 2**20
-"""Bytes. A larger file in a source distribution is data, not text."""
-BLOCK = 2**20
-"""Bytes read at a time."""
+DETAIL = "detail"
+"""Metadata key: more about the fault, for who looks into quarantine."""
+PASSED_OVER = "passed_over\t"
+"""Beginning of the label under which a reader counts what is no text of the sort that it reads: requests, pictures."""
+LARGEST_TEXT = 64 * 2**20
+"""Bytes. A larger file of text is no document."""
+LONGEST_NAME = 500
+"""Characters of an id or licence that a record brings."""
+SHOWN = 10_000
+"""Characters kept of what cannot be read."""
+UNTRUE = (None, errno.EINVAL)
+"""Of errors that do not come from the place but from bytes: a library's own, and of seeking where they send it."""
+LARGEST_EPOCH_S = 4e9
+"""A larger time is in milliseconds; 2096."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ class Selection:
     exclude: tuple[str, ...] = ()
 
     def excludes(self, path: str) -> bool:
-        return any(fnmatch("/" + path, pattern) for pattern in self.exclude)
+        return excluded(path, self.exclude)
 
     def kind(self, path: str) -> str | None:
         """ "prose", "code", or None for a file that is not read."""
@@ -66,198 +79,224 @@ class Origin:
         name: package, data set or directory.
         version: as pinned; empty where there is none.
         licence: as its metadata states it.
-        url: where a person reads about it; empty where there is none.
+        home: where a person reads about it; empty where there is none.
         path: archive, file or directory that is read.
+        date: of documents that bear none themselves, as ISO 8601; empty where it is not known.
     """
 
     name: str
     version: str
     licence: str
-    url: str
+    home: str
     path: str
+    date: str = ""
 
-    def metadata(self, path: str, kind: str) -> dict[str, str]:
-        named = {"source": self.name, "version": self.version, "licence": self.licence, "url": self.url}
-        return {**named, "path": path, "kind": kind}
+    def metadata(self, path: str, kind: str) -> dict[str, Any]:
+        named = {"source": self.name, "version": self.version, "licence": self.licence, "home": self.home}
+        return {**named, "date": self.date, "path": encodable(path), "kind": kind}
+
+    def document(self, path: str, kind: str, text: str, **metadata: str) -> Document:
+        """A document, with its fault if it has one.
+
+        Args:
+            path: names it within the origin.
+            kind: "prose" or "code".
+            text: its text.
+            metadata: beyond, or in place of, what the origin knows; a date or licence only where it is not empty.
+        """
+        known = {key: value for key, value in metadata.items() if value}
+        found = self.metadata(path, kind) | known
+        if FAULT not in found:
+            if not text.strip():
+                found[FAULT] = "empty"
+            elif "\0" in text:
+                found[FAULT] = "nul_bytes"
+        return Document(text=text, id=f"{encodable(self.name)}/{found['path']}", metadata=found)
+
+    def fault(self, path: str, kind: str, reason: str, detail: str = "", content: bytes | str = b"") -> Document:
+        """A document that stands for what cannot be used, with as much of it as a person needs to see."""
+        text = content if isinstance(content, str) else content[: 4 * SHOWN].decode("utf-8", errors="replace")
+        return self.document(path, kind, text[:SHOWN], **{FAULT: reason, DETAIL: detail})
 
 
-def document(origin: Origin, path: str, kind: str, content: bytes) -> Document:
-    """A document of a file's content, with its fault if it has one."""
-    metadata = origin.metadata(path, kind)
+def encodable(name: str) -> str:
+    """A file's name, with an escape in place of each byte that is not UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def decoded(origin: Origin, path: str, kind: str, content: bytes, **metadata: str) -> Document:
+    """A document of a file's content: UTF-8, or UTF-16 that says so by its first bytes."""
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text, metadata[FAULT] = content.decode("utf-8", errors="replace"), "not_utf8"
-    if not text.strip():
-        metadata[FAULT] = "empty"
-    return Document(text=text, id=f"{origin.name}/{path}", metadata=metadata)
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        text = content.decode("utf-8", errors="replace")
+        return origin.document(path, kind, text, **metadata, fault="not_utf8", detail=str(error))
+    return origin.document(path, kind, text, **metadata)
 
 
-class SdistReader(BaseReader):
-    """Text files of source distributions, read from the archive without unpacking it: members are untrusted, and
-    nothing of them touches the disk. Links and special files are not followed.
+def record_document(origin: Origin, path: str, kind: str, record: Any, fields: Fields) -> Document:
+    """A document of one record; without a text it carries the record and a fault."""
+    text = fields.value(record, fields.text)
+    if not isinstance(text, str):
+        return origin.fault(path, kind, "no_text", f"no text in {fields.text}", plain(record))
+    if not text.isascii() and text != text.encode("utf-8", "replace").decode():
+        return origin.fault(path, kind, "not_utf8", "half a surrogate pair", plain(record))
+    found = {key: " ".join(named(fields.value(record, getattr(fields, key))).split()) for key in ("licence", "url")}
+    when = iso(fields.value(record, fields.date))
+    if not fields.id:
+        return origin.document(path, kind, text, date=when, **found)
+    own = named(fields.value(record, fields.id))
+    if not own:
+        return origin.document(path, kind, text, date=when, **found, fault="no_id", detail=f"no id in {fields.id}")
+    document = origin.document(path, kind, text, date=when, **found)
+    document.id = f"{encodable(origin.name)}#{own}"
+    return document
+
+
+def named(value: Any) -> str:
+    """A name out of a record: a string, a number, or a list of them."""
+    if isinstance(value, list | tuple):
+        return ", ".join(filter(None, map(named, value[:LONGEST_NAME])))[:LONGEST_NAME]
+    return encodable(str(value))[:LONGEST_NAME] if isinstance(value, str | int | float) else ""
+
+
+def plain(record: Any) -> str:
+    """A record as a person reads it, whatever is in it."""
+    try:
+        return orjson.dumps(record, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+    except (TypeError, RecursionError):
+        return encodable(ascii(record)[:SHOWN])
+
+
+def iso(value: Any) -> str:
+    """A date as ISO 8601; empty where the value says none.
 
     Args:
-        origins: one per archive; a task reads whole archives.
-        selection: which members.
+        value: a date, seconds or milliseconds since 1970, ISO 8601, or as in e-mails and HTTP.
+    """
+    try:
+        if isinstance(value, str):
+            try:
+                value = datetime.fromisoformat(value.strip())
+            except ValueError:
+                value = parsedate_to_datetime(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            value = datetime.fromtimestamp(value / 1000 if abs(value) > LARGEST_EPOCH_S else value, UTC)
+        if isinstance(value, datetime) and value.tzinfo:
+            return value.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        return value.isoformat() if isinstance(value, date) else ""
+    except (ValueError, TypeError, OverflowError, OSError, IndexError):
+        return ""
+
+
+Found = Sequence[tuple[Origin, Sequence[str]]]
+"""Of each origin the files to read, by their names relative to the origin's path."""
+
+
+class FileReader(BaseReader):
+    """Reads files, each in one task.
+
+    Args:
+        found: the files.
+        kind: "prose" or "code".
     """
 
-    name = "📦 Source distributions"
+    origin: Origin
+    """Of the file that is read now."""
 
-    def __init__(self, origins: Sequence[Origin], selection: Selection):
+    def __init__(self, found: Found, kind: str = "prose"):
         super().__init__()
-        self.origins = origins
-        self.selection = selection
+        self.kind = kind
+        self.files = [(origin, name, stamp(Path(origin.path) / name)) for origin, names in found for name in names]
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         if data:
             yield from data
-        for origin in self.origins[rank::world_size]:
-            for doc in self.members(origin):
+        for origin, name, seen in self.files[rank::world_size]:
+            self.origin = origin
+            for doc in self.checked(name, seen):
                 self.update_doc_stats(doc)
                 yield doc
 
-    def members(self, origin: Origin) -> Iterator[Document]:
-        with tarfile.open(origin.path) as archive:
-            for member in archive:
-                path = "/".join(PurePosixPath(member.name).parts[1:])  # below the directory name-version/
-                kind = self.selection.kind(path)
-                if kind is None or not member.isfile():
-                    continue
-                if member.size > LARGEST_FILE:
-                    metadata = origin.metadata(path, kind) | {FAULT: "too_large"}
-                    yield Document(text="", id=f"{origin.name}/{path}", metadata=metadata)
-                    continue
-                stream = archive.extractfile(member)
-                assert stream is not None  # a regular file has content
-                yield document(origin, path, kind, stream.read())
+    def checked(self, name: str, seen: tuple[int, int]) -> Iterator[Document]:
+        """The documents of one file, and where it is damaged a fault in its name.
 
+        Args:
+            name: of the file.
+            seen: its stamp when it was found.
 
-class TextFileReader(BaseReader):
-    """Text files of directories, or single ones.
-
-    Args:
-        origin: what they are part of; its path is the directory that document names are relative to.
-        files: paths relative to the origin's, with the kind of each.
-    """
-
-    name = "📄 Text files"
-
-    def __init__(self, origin: Origin, files: Sequence[tuple[str, str]]):
-        super().__init__()
-        self.origin = origin
-        self.files = files
-
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        if data:
-            yield from data
-        for file, kind in self.files[rank::world_size]:
-            doc = document(self.origin, file, kind, (Path(self.origin.path) / file).read_bytes())
-            self.update_doc_stats(doc)
-            yield doc
-
-
-class StrictJsonlReader(JsonlReader):
-    """JSON lines (.jsonl, .gz, .zst). datatrove's own reader logs a broken line and goes on without it; this one passes
-    it on as a fault.
-
-    Args:
-        origin: what the files are part of.
-        files: paths relative to the origin's.
-        text_key: field that holds the text.
-        kind: "prose" or "code".
-    """
-
-    def __init__(self, origin: Origin, files: Sequence[str], text_key: str, kind: str):
-        super().__init__(origin.path, text_key=text_key)
-        self.origin = origin
-        self.files = files
-        self.kind = kind
-
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        if data:
-            yield from data
-        for doc in self.read_files_shard(list(self.files[rank::world_size])):
-            self.update_doc_stats(doc)
-            yield doc
-
-    def read_file(self, filepath: str) -> Iterator[Document]:
-        for number, line in enumerate(lines(Path(self.origin.path) / filepath), 1):
-            path = f"{filepath}:{number}"
-            try:
-                record = orjson.loads(line)
-            except orjson.JSONDecodeError:
-                metadata = self.origin.metadata(path, self.kind) | {FAULT: "not_json"}
-                yield Document(text=line.decode("utf-8", errors="replace"), id=path, metadata=metadata)
+        Raises:
+            SourceError: the file is not what was found at first.
+        """
+        file = Path(self.origin.path) / name
+        try:
+            yield from self.documents(file, name)
+        except DamageError as error:
+            yield self.origin.fault(name, self.kind, "damaged", str(error), error.rest)
+        except OSError as error:
+            if error.errno in UNTRUE:
+                yield self.origin.fault(name, self.kind, "damaged", str(error))
             else:
-                yield record_document(self.origin, path, self.kind, record, self.text_key)
+                raise vanished(file, error) from error
+        if stamp(file) != seen:
+            raise vanished(file, OSError(None, "it has changed meanwhile"))
+
+    @abstractmethod
+    def documents(self, file: Path, name: str) -> Iterator[Document]:
+        """What a file holds.
+
+        Args:
+            file: where it is.
+            name: its name within the origin.
+
+        Raises:
+            DamageError: nothing more can be read of it.
+        """
 
 
-def lines(file: Path) -> Iterator[bytes]:
-    """Lines of a file that is plain, .gz or .zst, without their ends.
+def passed_over(totals: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
+    """What readers counted under `PASSED_OVER`, as the manifest has it.
+
+    Args:
+        totals: name of a pipeline step -> label -> total.
+    """
+    found: Counter[tuple[str, str]] = Counter()
+    for labels in totals.values():
+        for label, count in labels.items():
+            if label.startswith(PASSED_OVER):
+                source, _, sort = label.removeprefix(PASSED_OVER).rpartition("\t")
+                found[source, sort] += count
+    return [{"source": source, "sort": sort, "number": count} for (source, sort), count in sorted(found.items())]
+
+
+def stamp(file: Path) -> tuple[int, int]:
+    """What changes when a file is written: size in bytes, time in nanoseconds.
 
     Raises:
-        SourceError: the compressed data are damaged or break off.
+        SourceError: it is not there.
     """
-    rest = b""
     try:
-        for block in _blocks(file):
-            *whole, rest = (rest + block).split(b"\n")
-            yield from whole
-    except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
-        raise SourceError(f"{file} is damaged ({error}); copy it again, or leave it out.") from error
-    if rest:
-        yield rest
+        status = file.stat()
+    except OSError as error:
+        raise vanished(file, error) from error
+    return status.st_size, status.st_mtime_ns
 
 
-def _blocks(file: Path) -> Iterator[bytes]:
-    if file.suffix != ".zst":
-        with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
-            yield from iter(partial(stream.read, BLOCK), b"")
-        return
-    # By hand: zstandard's own readers take a file that breaks off for one that ends.
-    frame = None
-    with open(file, "rb") as stream:
-        while block := stream.read(BLOCK):
-            while block:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(block)
-                block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame:
-        raise EOFError("it ends within a frame")
+def whole(file: Path, largest: int) -> bytes | None:
+    """All content of a file; None where that is more than so many bytes.
 
-
-def record_document(origin: Origin, path: str, kind: str, record: Any, text_key: str) -> Document:
-    """A document of one record; without a text it carries the record and a fault."""
-    metadata = origin.metadata(path, kind)
-    text = record.get(text_key) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        text, metadata[FAULT] = orjson.dumps(record, default=str).decode(), "no_text"
-    elif not text.strip():
-        metadata[FAULT] = "empty"
-    return Document(text=text, id=f"{origin.name}/{path}", metadata=metadata)
-
-
-class HubReader(HuggingFaceDatasetReader):
-    """Rows of a Hugging Face data set, by name or from a local directory.
-
-    Args:
-        origin: its name and licence.
-        options: arguments of `datasets.load_dataset`.
-        streaming: read rows as they come in place of downloading first.
-        limit: most rows of each task; -1 reads all.
-        text_key: column that holds the text.
-        kind: "prose" or "code".
+    Raises:
+        DamageError: the compressed data are damaged or break off.
+        SourceError: the file is not there any more.
     """
-
-    def __init__(self, origin: Origin, options: dict[str, Any], streaming: bool, limit: int, text_key: str, kind: str):
-        super().__init__(origin.name, dataset_options=options, streaming=streaming, limit=limit)
-        self.origin = origin
-        self.key = text_key
-        self.kind = kind
-
-    def get_document_from_dict(self, data: dict[str, Any], source_file: str, id_in_file: int | str) -> Document:
-        return record_document(self.origin, str(id_in_file), self.kind, data, self.key)
+    parts, size = [], 0
+    for block in blocks(file):
+        parts.append(block)
+        size += len(block)
+        if size > largest:
+            return None
+    return b"".join(parts)
 
 
 @dataclass(frozen=True)

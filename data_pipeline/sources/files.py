@@ -1,80 +1,59 @@
-"""Local files: prose, code and JSON lines."""
+"""Local files: plain text, Markdown, programs, archives of these, and JSON lines."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import MISSING
-
-from conf.errors import Problem
 from conf.registry import register
-from data_pipeline.sources.base import CODE, PROSE, Source, SourceError, kind_problems, listed
+from data_pipeline.sources.base import CODE, PROSE, Fields, FileSource
+from data_pipeline.sources.jsonl import JSON_LINES
 
 if TYPE_CHECKING:
     from datatrove.pipeline.base import PipelineStep
 
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+    from data_pipeline.readers.reading import Found
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
 @register("corpus/source", "files")
 @dataclass(frozen=True)
-class Files(Source):
-    """Local files: prose, code, and JSON lines (plain, .gz or .zst) with one document a line.
+class Files(FileSource):
+    """Local files: prose, code, zip and tar archives of them, and JSON lines (plain, .gz or .zst) with one document a
+    line. Text is dated by the date in its front matter.
 
     Args:
-        paths: directories, searched through, or single files.
         prose: endings of files read as natural language.
         code: endings of files read as code.
-        exclude: shell patterns of paths, beginning with "/" at the directory given, that are left out.
         text_key: field of JSON records that holds the text.
         kind: what JSON records hold: "prose" or "code".
-        licence: under which the text may be used, for the manifest.
     """
 
-    paths: list[str] = MISSING
     prose: list[str] = field(default_factory=lambda: list(PROSE))
     code: list[str] = field(default_factory=lambda: list(CODE))
-    exclude: list[str] = field(default_factory=lambda: ["*/.*"])
     text_key: str = "text"
-    kind: str = "prose"
-    licence: str = "not stated"
 
-    def problems(self, key: str) -> list[Problem]:
-        found = (
-            [] if self.paths else [Problem(f"{key}.paths", "[]", "files or directories, such as corpus.paths=[notes/]")]
-        )
-        return found + kind_problems(key, self.kind)
+    @property
+    def endings(self) -> tuple[str, ...]:
+        return (*self.prose, *self.code, *JSON_LINES, *ARCHIVES)
 
-    def _found(self) -> list[tuple[str, Path, list[tuple[str, str]]]]:
-        """(path as given, directory, [(name in the directory, "prose" | "code" | "records")])"""
+    def reading(self, found: "Found") -> "list[PipelineStep]":
+        from data_pipeline.readers.archives import ArchiveReader
+        from data_pipeline.readers.jsonl import StrictJsonlReader
         from data_pipeline.readers.reading import Selection
+        from data_pipeline.readers.text import TextFileReader
 
         selection = Selection(tuple(self.prose), tuple(self.code), tuple(self.exclude))
-        found = []
-        for path in self.paths:
-            root, names = listed(path)
-            names = [name for name in names if not selection.excludes(name)]
-            kinds = ((name, "records" if name.endswith(JSON_LINES) else selection.kind(name)) for name in names)
-            files = [(name, kind) for name, kind in kinds if kind]
-            if not files:
-                endings = ", ".join([*self.prose, *self.code, *JSON_LINES])
-                raise SourceError(f"{path} holds no file that ends in {endings}; give another path or ending.")
-            found.append((path, root, files))
-        return found
 
-    def state(self) -> Any:
-        """Other names, sizes or times of change mean other content."""
-        stats = [((root / name).stat(), path, name) for path, root, files in self._found() for name, _ in files]
-        return [[path, name, stat.st_size, stat.st_mtime_ns] for stat, path, name in stats]
-
-    def readers(self, cache: Path) -> "list[PipelineStep]":
-        from data_pipeline.readers.reading import Origin, StrictJsonlReader, TextFileReader
+        def chosen(reads: Callable[[str], Any]) -> "Found":
+            kept = [(origin, [name for name in names if reads(name)]) for origin, names in found]
+            return [(origin, names) for origin, names in kept if names]
 
         readers: list[PipelineStep] = []
-        for path, root, files in self._found():
-            origin = Origin(path, "", self.licence, "", str(root))
-            if texts := [(name, kind) for name, kind in files if kind != "records"]:
-                readers.append(TextFileReader(origin, texts))
-            if records := [name for name, kind in files if kind == "records"]:
-                readers.append(StrictJsonlReader(origin, records, self.text_key, self.kind))
+        if texts := chosen(selection.kind):
+            readers.append(TextFileReader(texts, selection))
+        if archives := chosen(lambda name: name.lower().endswith(ARCHIVES)):
+            readers.append(ArchiveReader(archives, selection))
+        if records := chosen(lambda name: name.lower().endswith(JSON_LINES)):
+            readers.append(StrictJsonlReader(records, Fields(text=self.text_key), self.kind))
         return readers

@@ -48,25 +48,28 @@ class Sdists(Source):
         return [Problem(f"{key}.packages", package, "a pinned version, such as Flask==3.1.3") for package in unpinned]
 
     def readers(self, cache: Path) -> "list[PipelineStep]":
-        from data_pipeline.readers.reading import Origin, SdistReader, Selection
+        from data_pipeline.readers.archives import ArchiveReader
+        from data_pipeline.readers.reading import Origin, Selection
 
         with ThreadPoolExecutor(max_workers=2) as threads:
             archives = list(threads.map(lambda package: downloaded(package, cache / "sdists"), self.packages))
-        origins, refused = [], []
+        found, refused = [], []
         for package, archive in zip(self.packages, archives, strict=True):
             headers = package_headers(archive)
             licence = stated_licence(headers)
             if not any(word.lower() in licence.lower() for word in self.licences):
                 refused.append(f"{package}: {licence or 'no licence stated'}")
             name, version = package.split("==")
-            origins.append(Origin(name, version, licence, f"pkg:pypi/{name}@{version}", str(archive)))
+            origin = Origin(name, version, licence, f"pkg:pypi/{name}@{version}", str(archive.parent))
+            found.append((origin, [archive.name]))
         if refused:
             raise SourceError(
                 "The licence of these packages is not among those accepted:\n  "
                 + "\n  ".join(refused)
                 + f"\nLeave them out, or accept it in `licences` (now: {', '.join(self.licences)})."
             )
-        return [SdistReader(origins, Selection(tuple(self.prose), tuple(self.code), tuple(self.exclude)))]
+        selection = Selection(tuple(self.prose), tuple(self.code), tuple(self.exclude))
+        return [ArchiveReader(found, selection, below=1)]
 
 
 def downloaded(package: str, cache: Path) -> Path:

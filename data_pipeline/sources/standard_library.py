@@ -30,12 +30,12 @@ class StandardLibrary(Source):
         return sys.version.split()[0]
 
     def readers(self, cache: Path) -> "list[PipelineStep]":
-        from data_pipeline.readers.reading import Origin, Selection, TextFileReader
+        from data_pipeline.readers.reading import Origin, Selection
+        from data_pipeline.readers.text import TextFileReader
 
         root = Path(sysconfig.get_path("stdlib"))
         selection = Selection((), tuple(CODE), tuple(self.exclude))
-        names = (str(file.relative_to(root)) for file in sorted(root.rglob("*.py")))
-        files = [(name, kind) for name in names if (kind := selection.kind(name))]
+        names = [str(file.relative_to(root)) for file in sorted(root.rglob("*.py"))]
         version = sys.version.split()[0]
         origin = Origin("Python standard library", version, "PSF-2.0", "https://docs.python.org/3/library/", str(root))
-        return [TextFileReader(origin, files)]
+        return [TextFileReader([(origin, [name for name in names if selection.kind(name)])], selection)]

@@ -28,9 +28,9 @@ from data_pipeline.corpus.text import TextCorpus
 from data_pipeline.engine.pieces import read_piece
 from data_pipeline.engine.splitting import AssignSplit, position, split_of
 from data_pipeline.page import Page
-from data_pipeline.readers import reading
+from data_pipeline.readers import streams
 from data_pipeline.shards import ShardWriter
-from data_pipeline.sources.base import SourceError
+from data_pipeline.sources.base import Fields, SourceError
 from data_pipeline.sources.files import Files
 from data_pipeline.sources.huggingface import HuggingFace
 from data_pipeline.sources.sdists import Sdists
@@ -372,19 +372,21 @@ def packed(ending: str, content: bytes) -> bytes:
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
 def test_lines_are_all_read_whatever_they_are_packed_in(tmp_path, monkeypatch, ending):
-    monkeypatch.setattr(reading, "BLOCK", 1000)
+    monkeypatch.setattr(streams, "BLOCK", 1000)
     expected = [f"{number} {position(str(number))}".encode() for number in range(2000)]
     (tmp_path / f"x.jsonl{ending}").write_bytes(packed(ending, b"\n".join(expected)))
-    assert list(reading.lines(tmp_path / f"x.jsonl{ending}")) == expected
+    assert [line.content for line in streams.lines(tmp_path / f"x.jsonl{ending}")] == expected
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
-def test_a_packed_file_that_breaks_off_is_refused(tmp_path, ending):
+def test_of_a_packed_file_that_breaks_off_the_rest_is_read_and_the_fault_counted(tmp_path, ending):
     records = "\n".join(json.dumps({"text": text}) for text in PROSE)
     whole = packed(ending, records.encode())
     (tmp_path / f"x.jsonl{ending}").write_bytes(whole[: len(whole) * 3 // 4])
-    with pytest.raises(SourceError, match="is damaged"):
-        made(tmp_path, tmp_path / "corpus")
+    (reader,) = Files([str(tmp_path)]).readers(tmp_path)
+    *before, fault = reader.run()
+    assert [doc.text for doc in before] == PROSE[: len(before)] and len(before) > len(PROSE) // 3
+    assert fault.metadata["fault"] == "damaged" and fault.id == f"{tmp_path}/x.jsonl{ending}"
 
 
 def test_excluded_records_are_not_read(tmp_path):
@@ -420,9 +422,11 @@ def sdist(cache: Path, licence: str = "License-Expression: BSD-3-Clause") -> Sdi
 def test_a_source_distribution_is_read_with_its_licence_and_without_unpacking(tmp_path):
     (reader,) = sdist(tmp_path / "cache").readers(tmp_path / "cache")
     documents = {doc.metadata["path"]: doc for doc in reader.run()}
-    assert set(documents) == {"docs/guide.rst", "docs/latin.rst", "../evil.rst"}
+    evil = "demo-1.0.tar.gz/../../evil.rst"
+    assert set(documents) == {"docs/guide.rst", "docs/latin.rst", evil}
     assert documents["docs/guide.rst"].metadata["licence"] == "BSD-3-Clause"
     assert documents["docs/latin.rst"].metadata["fault"] == "not_utf8"
+    assert documents[evil].metadata["fault"] == "unsafe_path"
     assert {file.name for file in tmp_path.rglob("*") if file.is_file()} == {"demo-1.0.tar.gz"}
 
 
@@ -442,7 +446,7 @@ def test_a_damaged_archive_is_named(tmp_path):
 
 def test_the_standard_library_is_a_source():
     (reader,) = StandardLibrary().readers(Path())
-    names = [name for name, _ in reader.files]
+    names = [name for _, name, _ in reader.files]
     assert "ast.py" in names
     assert not [name for name in names if "/test/" in name or "site-packages" in name]
 
@@ -451,7 +455,7 @@ def test_rows_of_a_data_set_are_read_by_name(tmp_path):
     """A local directory in place of a hub: `datasets` opens both alike."""
     rows = [{"content": text} for text in PROSE[:5]] + [{"content": None}]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (reader,) = HuggingFace(str(tmp_path), text_key="content", licence="PSF-2.0").readers(tmp_path)
+    (reader,) = HuggingFace(str(tmp_path), fields=Fields("content"), licence="PSF-2.0").readers(tmp_path)
     documents = list(reader.run())
     assert [doc.text for doc in documents[:5]] == PROSE[:5]
     assert documents[0].metadata["licence"] == "PSF-2.0"

@@ -229,7 +229,7 @@ def test_lines_of_100_mb_are_cut_in_bounded_memory(tmp_path):
 
 
 def test_a_zstandard_bomb_unpacks_in_bounded_memory(tmp_path):
-    (tmp_path / "x.jsonl.zst").write_bytes(zstandard.compress(bytes(10**9)))
+    (tmp_path / "x.jsonl.zst").write_bytes(zstandard.compress(bytes(3 * 10**8)))
     found: list = []
     grown = peak_growth(lambda: found.extend(read(JsonLines([str(tmp_path)]), tmp_path)))
     assert faults(found) == ["long_line"]
@@ -255,7 +255,7 @@ def test_records_of_the_wrong_shape_are_told_apart(tmp_path, line, fault):
     (tmp_path / "x.jsonl").write_bytes(RECORDS + line)
     documents = read(JsonLines([str(tmp_path)], fields=Fields(id="id")), tmp_path)
     assert faults(documents) == [""] * 8 + [fault]
-    assert documents[-1].id == f"{tmp_path}/x.jsonl:9"
+    assert documents[-1].metadata["path"] == "x.jsonl:9"
 
 
 @pytest.mark.parametrize("name", ["x.md", "x.jsonl", "x.jsonl.gz", "x.jsonl.zst", "x.html", "x.warc", "x.warc.gz"])
@@ -402,7 +402,7 @@ extract = trafilatura.bare_extraction
 def stuck(tree, **options):
     while "forever" in tree.text_content():
         pass
-    keep = ["x" * 2**30 for _ in range(9 * ("memory" in tree.text_content()))]
+    bytes(8 * 2**30 if "memory" in tree.text_content() else 0)
     return extract(tree, **options)
 trafilatura.bare_extraction = stuck
 """

@@ -32,7 +32,8 @@ class Step:
         documents_in: that came to it.
         documents_out: that it passed on.
         judged: of those that came, how many were of a kind that it judges.
-        characters_out: of the documents that it passed on, against `characters_in`; 0 where they were not counted.
+        characters_in: of the documents that came; 0 where they were not counted.
+        characters_out: of those that it passed on.
         dropped: reason -> documents, the most frequent first.
         counts: label -> what it found.
         topic: which section its findings belong to; empty for none.
@@ -55,13 +56,6 @@ class Step:
     @property
     def lost(self) -> int:
         return self.documents_in - self.documents_out
-
-    @property
-    def characters(self) -> str:
-        """What it changed of the texts that it passed on and dropped, as a share of all characters."""
-        if not self.characters_in or self.characters_in == self.characters_out:
-            return ""
-        return f"{self.characters_out / self.characters_in - 1:+.2%}"
 
 
 def steps(
@@ -319,3 +313,13 @@ def clusters(metrics: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, int]
             rows.append((f"{first:,}" if first >= last else f"{first:,} to {last:,}", counts[str(value)]))
         found.append((name.replace("_", " "), rows))
     return found
+
+
+def fertility(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the tokenizer makes of all text, and of that of each language, kind and source."""
+    report = metrics.get("tokenizer", {})
+    rows = [("all", "", report["all"])] if report else []
+    for group in ("language", "kind", "source"):
+        sizes = report.get(group, {})
+        rows += [(group, name or "not told", sizes[name]) for name in sorted(sizes, key=lambda n: -sizes[n]["tokens"])]
+    return [{"group": group, "name": name, **sizes} for group, name, sizes in rows]

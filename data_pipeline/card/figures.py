@@ -24,6 +24,11 @@ def share(value: float) -> str:
     return f"{value:.1%}"
 
 
+def percent(value: float) -> str:
+    """With two places, for what is nearly all or nearly nothing."""
+    return f"{value:.2%}"
+
+
 def compact(value: float) -> str:
     """Four digits at most, with a prefix: 12.5k."""
     for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -15,6 +15,8 @@ HERE = Path(__file__).parent
 PAGE = "corpus.html"
 SHOWN = 20
 """Rows of a table that are seen at once; the others are folded."""
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+"""Control characters, which HTML cannot hold, as the signs that picture them."""
 
 
 def write(directory: Path, metrics: Mapping[str, Any], settings: Mapping[str, Any], pieces: Sequence[Path]) -> None:
@@ -63,12 +65,17 @@ def render(
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"number": figures.number, "size": figures.size, "share": figures.share}
+    environment.filters |= {
+        "number": figures.number,
+        "size": figures.size,
+        "share": figures.share,
+        "percent": figures.percent,
+    }
     chosen = {name: values for name, _, values, *_ in settings["steps"]}
     steps = contents.steps(metrics["steps"], topics, chosen, dropped)
     sources = contents.sources(metrics)
     others = {key: value for key, value in settings.items() if key not in ("steps", "sources")}
-    return environment.get_template("page.html.jinja").render(
+    page = environment.get_template("page.html.jinja").render(
         title=contents.title(metrics, sources),
         style=(HERE / "base.css").read_text() + (HERE / "card.css").read_text(),
         shown=SHOWN,
@@ -85,6 +92,8 @@ def render(
         clusters=contents.clusters(metrics),
         pairs=pairs,
         tokenizer=metrics.get("tokenizer", {}),
+        fertility=contents.fertility(metrics),
         kept=kept,
         settings=yaml.safe_dump(others, sort_keys=True, allow_unicode=True),
     )
+    return page.translate(PICTURES).encode(errors="replace").decode()

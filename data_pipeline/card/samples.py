@@ -28,8 +28,6 @@ LENGTH = 420
 LONGEST_ID = 160
 READ = 20_000
 """Characters of a document that are looked through for personal data."""
-PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-"""Control characters, which HTML cannot hold, as the signs that picture them."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +145,6 @@ def masked(text: str) -> str:
 
 
 def excerpt(text: str, length: int = LENGTH) -> str:
-    """The beginning of a text, its control characters made visible."""
+    """The beginning of a text."""
     text = text.strip("\n")
-    return (text if len(text) <= length else text[:length].rstrip() + " …").translate(PICTURES)
+    return text if len(text) <= length else text[:length].rstrip() + " …"

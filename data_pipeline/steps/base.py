@@ -7,7 +7,7 @@ A step is one file of this package: a frozen dataclass whose fields are its sett
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -54,6 +54,10 @@ class Step(ABC):
             totals: label -> what `Page.counts` added up to.
         """
         return []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """To other processes go the settings: a model that was loaded here is loaded again there."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def judges(self, page: Page) -> bool:
         return not self.kinds or page.kind in self.kinds

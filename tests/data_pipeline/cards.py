@@ -5,6 +5,18 @@ from typing import Any
 from data_pipeline.card.samples import Pair, Sample
 
 
+SIZES = {
+    "documents": 7,
+    "bytes": 9000,
+    "characters": 8900,
+    "words": 1500,
+    "tokens": 2500,
+    "bytes_per_token": 3.6,
+    "characters_per_token": 3.56,
+    "tokens_per_word": 1.67,
+}
+
+
 def step(name: str, given: int, dropped: dict[str, int], counts: dict[str, int] | None = None) -> dict[str, Any]:
     """What the manifest says of a step."""
     out = given - sum(dropped.values())
@@ -80,6 +92,18 @@ def metrics(sources: int = 12, idle_steps: int = 2) -> dict[str, Any]:
         ],
         "lengths": {"train": lengths},
         "portrait": {"read": read, "kept": kept},
+        "tokenizer": {
+            "all": SIZES,
+            "language": {"en": SIZES, "": SIZES},
+            "source": {name: SIZES for name in names},
+            "unused": 3,
+            "unused_examples": ["x", "y"],
+            "longest": [{"token": " configuration", "count": 58}],
+            "fragments": 0.001,
+            "unknown": 0.0,
+            "lossless": True,
+            "round_trip": {},
+        },
     }
 
 

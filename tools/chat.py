@@ -147,12 +147,12 @@ def main(config: ChatConfig, resolved: dict[str, Any]) -> int:
     return 0
 
 
-def quoted(arguments: Sequence[str]) -> list[str]:
+def quoted(arguments: Sequence[str], free_text: Sequence[str] = FREE_TEXT) -> list[str]:
     """Command-line arguments in which free text is safe from Hydra, to which commas, braces and ${} mean something."""
     safe = []
     for argument in arguments:
         key, equals, text = argument.partition("=")
-        if key in FREE_TEXT and equals:
+        if key in free_text and equals:
             # A backslash keeps OmegaConf from resolving `${`; those that stand before it must then be doubled.
             text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
             argument = f"{key}={QuotedString(text, Quote.single).with_quotes()}"

@@ -109,6 +109,18 @@ def all_rows(file: Path) -> Iterator[tuple[Any, ...]]:
             yield from zip(*(columns[name] for name in COLUMNS), strict=True)
 
 
+def row_of(stem: Path, number: int) -> tuple[Any, ...] | None:
+    """(id, source, licence, piece) of one document of a shard; None where its documents are not listed."""
+    import pyarrow.parquet
+
+    file = stem.with_name(stem.name + ENDING)
+    if not file.exists():
+        return None
+    with pyarrow.parquet.ParquetFile(file) as parquet:
+        (row,) = parquet.read_row_group(number // GROUP).slice(number % GROUP, 1).to_pylist()
+    return tuple(row[name] for name in COLUMNS)
+
+
 def tokens_by_source(shard: Shard, file: Path) -> dict[tuple[str, str], int]:
     """(source, licence) -> tokens of its documents, end-of-text included."""
     import pyarrow.parquet

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from conf.errors import LongrunError, Problem
@@ -328,8 +329,7 @@ class Mixture:
             ExhaustedError: a position lies behind the last.
             ShardError: a corpus was damaged after it was opened.
         """
-        sources_B, numbers_B = self.blend[np.asarray(indices)]
-        windows_B = self._orders[sources_B, numbers_B]
+        sources_B, windows_B = self.drawn(np.asarray(indices))
         rows = [np.flatnonzero(sources_B == source) for source in range(len(self.sources))]
         parts = [
             source.micro_batch(windows_B[here].tolist())
@@ -340,6 +340,11 @@ class Mixture:
         joined = {f.name: torch.cat([getattr(part, f.name) for part in parts])[gathered] for f in fields(MicroBatch)}
         joined["samples_B"] = torch.tensor(indices, dtype=torch.int64)
         return self.warm_up.cut(MicroBatch(**joined), indices)
+
+    def drawn(self, ks: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Source, and number of its sample, at each position of the run."""
+        sources, numbers = self.blend[ks]
+        return sources, self._orders[sources, numbers]
 
     def origin(self, k: int) -> Origin:
         """Where the sample at a position of the run comes from."""

@@ -64,6 +64,10 @@ class Windows(Protocol):
 
     def spans(self, index: int) -> Spans: ...
 
+    def around(self, document: int) -> range:
+        """Windows among which are all that hold a document."""
+        ...
+
 
 class Stream:
     """Window i predicts tokens i*L + 1 ... (i + 1)*L of the shard from those before them.
@@ -86,6 +90,14 @@ class Stream:
         first, stop = self.shard.document_at(begin), self.shard.document_at(end - 1) + 1
         starts_D = self.shard.starts(first, stop)
         return _within(np.arange(first, stop), starts_D, starts_D, self.shard.lengths_D[first:stop], begin, end)
+
+    def around(self, document: int) -> range:
+        begin = int(self.shard.starts(document, document + 1)[0])
+        return self._touched(begin, begin + int(self.shard.lengths_D[document]))
+
+    def _touched(self, begin: int, end: int) -> range:
+        """Windows that hold inputs of a part of the stream."""
+        return range(begin // self.sequence_length, min(len(self), -(-end // self.sequence_length)))
 
     def _bounds(self, index: int) -> tuple[int, int]:
         """Of a window's inputs in the stream. The last token of all is never an input: nothing follows it."""
@@ -123,6 +135,10 @@ class Trimmed(Stream):
             parts.append(_within(np.arange(first, stop), sources_D, starts_D, lengths_D, begin, end))
             block += 1
         return Spans.joined(parts)
+
+    def around(self, document: int) -> range:
+        block = document // BLOCK
+        return self._touched(int(self._ends_B[block] - self._counts_B[block]), int(self._ends_B[block]))
 
     def _lengths(self, block: int) -> NDArray[np.int64]:
         """What is kept of each document of a block, in tokens."""
@@ -185,6 +201,10 @@ class BestFit:
         first, stop = _documents(self.shard, block)
         sources_S = self.shard.starts(first, stop)[members_S] + earlier_S * self.sequence_length
         return Spans(first + members_S, sources_S, inputs_S, np.zeros(len(members_S), dtype=bool))
+
+    def around(self, document: int) -> range:
+        block = document // BLOCK
+        return range(int(self._ends_B[block] - self._counts_B[block]), int(self._ends_B[block]))
 
     def _packed(self, block: int) -> _Pack:
         lengths_D = self.shard.lengths_D[slice(*_documents(self.shard, block))].astype(np.int64)

@@ -20,6 +20,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.mixture import Mixture, Origin
 from data_pipeline.order import order_of
 from data_pipeline.shards import Shard
+from data_pipeline.text import TextWindows
 from data_pipeline.tokenizer import Tokenizer
 from tools.inspect.errors import InspectError
 from train.models import hf
@@ -55,15 +56,12 @@ class Run:
         directory: of the run.
 
     Raises:
-        InspectError: it is no training run, or its data are not those that it was trained on.
+        InspectError: its data are not those that it was trained on, or it has none.
     """
 
     def __init__(self, directory: Path):
-        file = directory / CONFIG
-        if not file.exists():
-            raise InspectError(f"{directory} is no training run: it has no {CONFIG}. Give the run_dir of one.")
         self.directory = directory
-        self.config: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(file), resolve=True)  # type: ignore[assignment]
+        self.config: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(directory / CONFIG))  # type: ignore[assignment]
         self.artifact = Artifact.read(directory) if (directory / MANIFEST).exists() else None
         self.data = option("data", self.config["data"])
         self.seed = int(self.config["seed"])
@@ -140,13 +138,15 @@ class Run:
     def seen(self, stem: Path, document: int) -> Iterator[int]:
         """Positions at which the run sees a document of a shard, in order."""
         texts = self.samples.sources if isinstance(self.samples, Mixture) else [self.samples]
-        places = [place for place, text in enumerate(texts) if getattr(text, "shard", Shard(stem)).stem == stem]
+        windows = {place: text.windows for place, text in enumerate(texts) if isinstance(text, TextWindows)}
         total = self.steps * self.global_batch
         for first in range(0, total, CHUNK):
             ks_N = np.arange(first, min(first + CHUNK, total))
             sources_N, indices_N = self._drawn(ks_N)
-            for place in places:
-                around = texts[place].windows.around(document)
+            for place, held in windows.items():
+                if held.shard.stem != stem:
+                    continue
+                around = held.around(document)
                 near_N = (sources_N == place) & (indices_N >= around.start) & (indices_N < around.stop)
                 for k in ks_N[near_N].tolist():
                     if any(span.document == document for span in self.origin(k).spans):

@@ -85,12 +85,12 @@ def step(run: Run, number: int) -> None:
     for k in ks:
         origin = run.origin(k)
         head = (f"{k:,}", origin.source, str(origin.epoch + 1), f"{origin.sample:,}")
-        for part in [run.part(span) for span in origin.spans] or [None]:
-            if part is None:
-                rows.add_row(*head, "", "", "", "")
-            else:
-                rows.add_row(*head, f"{part.span.end - part.span.begin:,}", named(part), part.source, part.licence)
+        parts = [run.part(span) for span in origin.spans]
+        for part in parts:
+            rows.add_row(*head, f"{part.span.end - part.span.begin:,}", named(part), part.source, part.licence)
             head = ("", "", "", "")
+        if not parts:
+            rows.add_row(*head)
     out.print(rows)
 
 
@@ -126,7 +126,9 @@ def sample(run: Run, k: int) -> None:
     if out.is_terminal:
         out.print(Text.assemble("tokens alternate in shade; ", ("what is not learned is dim", IGNORED_STYLE)))
     else:
-        out.print("tokens end with ·, what is not learned stands in ⟦ ⟧, what is predicted instead of the next after →")
+        out.print(
+            "tokens end with ·; what is not learned is in ⟦ ⟧; after → stands what is predicted and does not follow"
+        )
     parts = [run.part(span) for span in origin.spans]
     rows = zip(batch.tokens_BL.tolist(), batch.labels_BL.tolist(), batch.documents_BL.tolist(), strict=True)
     for row, (tokens, labels, documents) in enumerate(rows):
@@ -197,6 +199,10 @@ def drawn(tokenizer: "Tokenizer", tokens: Sequence[Token], coloured: bool) -> "R
 def seen(run: Run, way: Trail, stem: Path) -> None:
     """The steps of a run that see a document."""
     out = console()
+    if way.split != stem.name:
+        why = f"it is in the {way.split} split" if way.split else "it was dropped"
+        out.print(f"{way.id}: no training step sees it, {why}.")
+        return
     out.print(f"{way.id}: document {way.number:,} of {stem}, {way.tokens:,} tokens\n")
     rows = table("#step", "#sample", "#epoch", "tokens of it")
     count = 0
@@ -210,9 +216,3 @@ def seen(run: Run, way: Trail, stem: Path) -> None:
         out.print(rows)
     else:
         out.print(f"No step of the {run.steps:,} sees it.")
-
-
-def unseen(way: Trail) -> None:
-    """A document that no step can see."""
-    why = f"it is in the {way.split} split" if way.split else "it was dropped"
-    console().print(f"{way.id}: no training step sees it, {why}.")

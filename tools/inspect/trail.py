@@ -1,7 +1,7 @@
 """A document's way through the steps of a corpus, followed backwards and forwards in what the steps left behind.
 
-A document stays in the piece that it was read into. So once its piece is known, only that one is read of each step. What
-the documents of `steps/` do not tell, the change within a pass of several steps, is told by judging the document again.
+A document stays in the piece that it was read into: once that is known, one piece is read of each step. What several
+steps changed in one pass is not recorded; it is found by letting them judge the document again.
 """
 
 import io
@@ -233,9 +233,7 @@ def follow(corpus: Corpus, name: str) -> Trail:
             continue
         members = [member for member, *_ in step.config["steps"]]
         after = named([file for file in corpus.pieces(pass_name) if number_of(file) == piece], name)
-        stop = next(
-            ((m, at[1]) for m in members if (at := named(corpus.quarantine(m, piece), name)) is not None), None
-        )
+        stop = next(((m, at[1]) for m in members if (at := named(corpus.quarantine(m, piece), name)) is not None), None)
         if len(members) > 1:
             trail.places += replayed(step.config["steps"], record, stop[0] if stop else "")
         if stop:

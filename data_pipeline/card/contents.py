@@ -38,6 +38,7 @@ class Step:
         counts: label -> what it found.
         topic: which section its findings belong to; empty for none.
         settings: name -> value.
+        state: what decided its result beyond the settings.
         samples: reason -> documents that it dropped.
     """
 
@@ -51,6 +52,7 @@ class Step:
     counts: Counts
     topic: str
     settings: dict[str, Any] = field(default_factory=dict)
+    state: Any = None
     samples: dict[str, list[Sample]] = field(default_factory=dict)
 
     @property
@@ -61,7 +63,7 @@ class Step:
 def steps(
     recorded: Iterable[Mapping[str, Any]],
     topics: Mapping[str, str],
-    settings: Mapping[str, dict[str, Any]],
+    settings: Mapping[str, tuple[dict[str, Any], Any]],
     samples: Mapping[str, dict[str, list[Sample]]],
 ) -> list[Step]:
     """The steps in order.
@@ -69,7 +71,7 @@ def steps(
     Args:
         recorded: `metrics["steps"]`.
         topics: step -> section.
-        settings: step -> settings.
+        settings: step -> settings and state.
         samples: step -> reason -> documents.
     """
     return [
@@ -83,11 +85,50 @@ def steps(
             dropped=ranked(step["dropped"]),
             counts=ranked(step.get("counts", {})),
             topic=topics.get(step["name"], ""),
-            settings=settings.get(step["name"], {}),
+            settings=settings.get(step["name"], ({}, None))[0],
+            state=settings.get(step["name"], ({}, None))[1],
             samples=samples.get(step["name"], {}),
         )
         for step in recorded
     ]
+
+
+@dataclass
+class Table:
+    """Some of what a step found: rows with a number in each column, 0 where there is none.
+
+    Args:
+        title: of the table; empty for none.
+        columns: their names.
+        rows: (label, numbers), the greatest first.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[tuple[str, list[int]]]
+
+
+def tables(step: Step) -> list[Table]:
+    """What a step counted, label by label. Those of the form column/title/row stand in one table for each title, those
+    of the form row: column in one table; evaluation sets of which nothing was found have a row too."""
+    cells: dict[str, dict[str, Counts]] = {}
+    if step.topic == CONTAMINATION:
+        for name, about in (step.state or {}).items():
+            cells.setdefault("", {})[name] = {"items of the set": about["items"]}
+    for label, count in step.counts.items():
+        row, colon, column = label.rpartition(": ")
+        title, parts = "", label.split("/", 2)
+        if not colon and len(parts) == 3:
+            column, title, row = parts
+        elif not colon:
+            row, column = label, "found"
+        cells.setdefault(title, {}).setdefault(row, {})[column] = count
+    found = []
+    for title, rows in cells.items():
+        columns = list(dict.fromkeys(column for numbers in rows.values() for column in numbers))
+        listed = [(row, [numbers.get(column, 0) for column in columns]) for row, numbers in rows.items()]
+        found.append(Table(title, columns, sorted(listed, key=lambda item: ([-n for n in item[1]], item[0]))))
+    return sorted(found, key=lambda table: table.title)
 
 
 def ranked(counts: Mapping[str, int]) -> Counts:

@@ -65,13 +65,9 @@ def render(
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {
-        "number": figures.number,
-        "size": figures.size,
-        "share": figures.share,
-        "percent": figures.percent,
-    }
-    chosen = {name: values for name, _, values, *_ in settings["steps"]}
+    environment.filters |= {name: getattr(figures, name) for name in ("number", "size", "share", "percent")}
+    environment.filters["tables"] = contents.tables
+    chosen = {name: (values, state) for name, _, values, state in settings["steps"]}
     steps = contents.steps(metrics["steps"], topics, chosen, dropped)
     sources = contents.sources(metrics)
     others = {key: value for key, value in settings.items() if key not in ("steps", "sources")}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from conf.errors import Problem
 from conf.registry import register
@@ -44,6 +44,8 @@ class Decontamination(CorpusStep):
             and more, and drop the document if nothing is left or it falls into more than ten.
         margin: characters cut before and after a run.
     """
+
+    topic: ClassVar[str] = "contamination"
 
     sets: list[str] = field(default_factory=list)
     n: int = 13

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from conf.registry import register
 from data_pipeline.page import Page
@@ -19,6 +19,8 @@ DUPLICATE = "duplicate"
 @dataclass(frozen=True)
 class Exact(CorpusStep):
     """Of the documents with equal text (equal 128-bit hash), keep the one whose id comes first."""
+
+    topic: ClassVar[str] = "duplicates"
 
     def survey(self, survey: "Survey") -> None:
         from data_pipeline.engine.duplicates import find_clusters

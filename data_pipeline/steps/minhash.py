@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from conf.errors import Problem
 from conf.registry import register
@@ -31,6 +31,8 @@ class MinHashStep(CorpusStep):
         rows: hashes in a band; more find less.
         seed: of the hashes.
     """
+
+    topic: ClassVar[str] = "duplicates"
 
     n: int = 5
     bands: int = 14

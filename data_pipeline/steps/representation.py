@@ -7,6 +7,7 @@ mentions a group, not whether it does so fairly (Gebru et al. 2021, arXiv:1803.0
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 from conf.errors import Problem
 from conf.registry import register
@@ -81,6 +82,8 @@ class Representation(DocumentStep):
         least: metadata key -> value -> least share of all characters that it must have, in [0, 1].
         ratios: axis -> most times that the group with most terms may outnumber the one with least; 1 or more.
     """
+
+    topic: ClassVar[str] = "representation"
 
     keys: list[str] = field(default_factory=lambda: ["source", "licence", "language", "kind"])
     axes: dict[str, dict[str, list[str]]] = field(default_factory=axes)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -28,6 +28,8 @@ class Sentences(CorpusStep):
         least_words: documents that keep fewer words are dropped, if something was removed; 0 for no bound.
         least_sentences: documents that keep fewer sentences are dropped likewise; 0 for no bound.
     """
+
+    topic: ClassVar[str] = "duplicates"
 
     span: int = 3
     least_words: int = 50

@@ -4,7 +4,6 @@ from typing import Any
 
 from data_pipeline.card.samples import Pair, Sample
 
-
 SIZES = {
     "documents": 7,
     "bytes": 9000,
@@ -44,8 +43,17 @@ def metrics(sources: int = 12, idle_steps: int = 2) -> dict[str, Any]:
         ("gopher_quality", {"few_letters": total // 90, "stop_words": total // 30, "word_length": 5, "symbols": 2}, {}),
         ("pii", {"too_much": 11}, {"email": 812, "phone": 31, "ip": 90, "secret": 3}),
         ("minhash", {"near_duplicate": total // 9}, {}),
-        ("decontamination", {"contaminated": 4}, {"strategyqa": 3, "gsm8k": 1}),
-        ("representation", {}, {"she": 900, "he": 1400, "they": 2000}),
+        ("decontamination", {"contaminated": 4}, {"strategyqa: documents": 3, "strategyqa: items": 2}),
+        (
+            "representation",
+            {},
+            {
+                "terms/pronouns/she": 900,
+                "documents/pronouns/she": 700,
+                "terms/pronouns/he": 1400,
+                "characters/source/a/b": 9,
+            },
+        ),
     ]
     steps, given = [], total + 30
     for name, dropped, counts in dropping:
@@ -114,7 +122,11 @@ TOPICS = {
     "representation": "representation",
 }
 SETTINGS: dict[str, Any] = {
-    "steps": [["minhash", "MinHash", {"bands": 14, "rows": 8}, None], ["pii", "Pii", {"action": "replace"}, None]],
+    "steps": [
+        ["minhash", "MinHash", {"bands": 14, "rows": 8}, None],
+        ["pii", "PII", {"email": "replace"}, None],
+        ["decontamination", "Decontamination", {"n": 13}, {"strategyqa": {"items": 229}, "gsm8k": {"items": 1319}}],
+    ],
     "sources": {},
     "validation": 0.02,
     "vocabulary": 4096,

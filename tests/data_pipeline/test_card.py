@@ -173,6 +173,22 @@ def test_no_text_of_a_corpus_becomes_markup():
     assert "alert(1)" in page.text and "12831" not in page.text and "\0" not in page.text
 
 
+def test_what_was_found_is_told_set_by_set_and_group_by_group():
+    steps = contents.steps(
+        cards.metrics()["steps"],
+        cards.TOPICS,
+        {name: (values, state) for name, _, values, state in cards.SETTINGS["steps"]},
+        {},
+    )
+    by_name = {step.name: contents.tables(step) for step in steps}
+    (sets,) = by_name["decontamination"]
+    assert sets.columns == ["items of the set", "documents", "items"]
+    assert sets.rows == [("gsm8k", [1319, 0, 0]), ("strategyqa", [229, 3, 2])]
+    pronouns, sources = by_name["representation"]
+    assert pronouns.title == "pronouns" and dict(pronouns.rows)["she"] == [900, 700]
+    assert sources.rows == [("a/b", [9])]
+
+
 def test_the_way_of_the_documents_tells_all_of_them():
     steps = contents.steps(cards.metrics(3)["steps"], {}, {}, {})
     drawn = contents.drawn(steps)

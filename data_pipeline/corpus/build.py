@@ -32,6 +32,8 @@ from data_pipeline.tokenizer_report import Sizes, report, table
 if TYPE_CHECKING:
     from data_pipeline.corpus.text import TextCorpus
 
+FORMAT = 2
+"""Raised when steps write other files or counts than before, so that those of an older version are made again."""
 SPLITS = ("train", "validation", "test")
 EXAMPLES = 3
 """Dropped documents shown where a step drops too many."""
@@ -78,7 +80,7 @@ def build(corpus: "TextCorpus", directory: Path, cache: Path, workers: int) -> A
 
 def recipe_settings(corpus: "TextCorpus") -> dict[str, Any]:
     """What decides the result, as plain values: steps that do not run, and gates, decide nothing."""
-    settings = {f.name: getattr(corpus, f.name) for f in fields(corpus)}
+    settings = {"format": FORMAT, **{f.name: getattr(corpus, f.name) for f in fields(corpus)}}
     del settings["paths"], settings["readable"], settings["encodable"], settings["order"]
     settings["sources"] = {
         name: [type(source).__name__, asdict(source), source.state()] for name, source in corpus.sources.items()
@@ -211,7 +213,7 @@ def make_steps(
             {"name": NAME, "documents_in": given, "documents_out": passed, "dropped": dropped, "counts": kept}
         ]
 
-    step("read", chosen("sources", "pieces"), (), read, "pieces/*", "quarantine/*/*")
+    step("read", chosen("format", "sources", "pieces"), (), read, "pieces/*", "quarantine/*/*")
     before = "read"
     decisions = {name: decision for name, *decision in settings["steps"]}
     for group in passes(corpus.ordered):

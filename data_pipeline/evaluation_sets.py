@@ -76,6 +76,8 @@ def files_of(path: Path) -> list[Path]:
     Raises:
         EvaluationSetError: there is none.
     """
+    if not path.exists():
+        raise EvaluationSetError(f"{path} does not exist; give the path of an evaluation set, or make it first.")
     if path.is_file() and path.name.endswith(ENDINGS):
         return [path]
     if (path / MANIFEST).exists() and (kind := Artifact.read(path).kind) not in KINDS:

@@ -63,11 +63,6 @@ class Decontamination(CorpusStep):
             found.append(
                 Problem(f"{key}.sets", "[]", "paths of the evaluation sets, or leave the step out of the order")
             )
-        found += [
-            Problem(f"{key}.sets", path, "the path of a file or directory")
-            for path in self.sets
-            if not Path(path).exists()
-        ]
         if len(set(self.names)) < len(self.sets):
             found.append(Problem(f"{key}.sets", ", ".join(self.names), "paths that end in different names"))
         for name, least in (("n", 1), ("shortest", 1), ("margin", 0)):

@@ -221,6 +221,8 @@ def test_what_is_no_evaluation_set_is_refused_with_a_reason(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(EvaluationSetError, match="cannot be read"):
         read_set(tmp_path / "latin.txt")
+    with pytest.raises(EvaluationSetError, match="nothing does not exist"):
+        read_set(tmp_path / "nothing")
     (tmp_path / "model").mkdir()
     Draft(tmp_path / "model", "model", {}, {}).publish()
     with pytest.raises(EvaluationSetError, match="holds a 'model'"):
@@ -234,7 +236,7 @@ def test_what_is_no_evaluation_set_is_refused_with_a_reason(tmp_path):
 def test_settings_that_cannot_work_are_reported_together(tmp_path):
     step = Decontamination(sets=["no/such.jsonl", "no/such.json"], n=0, share=2, action="burn", margin=-1)
     found = [problem.key for problem in step.problems("corpus.steps.decontamination")]
-    keys = ["sets", "sets", "sets", "n", "margin", "share", "action"]
+    keys = ["sets", "n", "margin", "share", "action"]
     assert found == [f"corpus.steps.decontamination.{key}" for key in keys]
 
 

@@ -85,7 +85,8 @@ def language_model(directory: str, most_tokens: int, device: str) -> Callable[[s
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(directory)
+    model.to(device).eval()
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     context = getattr(model.config, "max_position_embeddings", None) or most_tokens + 1
     longest = min(most_tokens, context - 1)

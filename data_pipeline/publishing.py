@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.artifact import Draft, finished, locked, withdraw
-from data_pipeline.examples import PREFIXES, SPLITS, Example, Ledger, check_splits, split
+from data_pipeline.examples import PREFIXES, SPLITS, Example, Ledger, split
 from data_pipeline.formats.base import Record
 from data_pipeline.records import KIND, EmptySetError, write_records
 
@@ -16,12 +16,10 @@ def parted(examples: list[Example], validation: float, test: float, source: str)
     """File stem -> records, none of them empty.
 
     Raises:
-        SharedPromptError: splits that were given share prompts; lists them.
         EmptySetError: a split would be empty.
     """
     if not examples:
         raise EmptySetError(f"{source} holds no record that can be used; there is nothing to train on.")
-    check_splits(examples)
     splits = split(examples, validation, test)
     for prefix in PREFIXES.values():
         there = [name for name in SPLITS if f"{prefix}{name}" in splits]

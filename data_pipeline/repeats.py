@@ -1,0 +1,134 @@
+"""Examples that are there twice, whose prompts are nearly the same, or that hold what a model is tested on."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from data_pipeline.artifact import fingerprint
+from data_pipeline.evaluation_sets import Item, read_set, set_name
+from data_pipeline.examples import Drop, Example
+from data_pipeline.formats.base import Record
+from data_pipeline.overlap import Index, Match
+from data_pipeline.prompts import normalised
+from data_pipeline.shingles import MinHash, joined, simplified_words
+
+EXACT, NEAR = "exact", "near"
+SIGNATURE = MinHash(n=3, bands=20, rows=5)
+"""Prompts are short. Two that share 0.8 of their shingles are compared with probability 0.9996, 0.6 with 0.80."""
+SHORTEST = 5
+"""Words of the shortest evaluation item that is looked for."""
+
+
+def content(example: Example) -> str:
+    """What makes two examples one: prompts but for case, forms of characters and white space, answers but for white
+    space."""
+    record = example.record
+    parts = [[_said(message) for message in record.get(key, [])] for key in ("messages", "prompt")]
+    answers = [[_said(message) for message in record.get(key, [])] for key in ("chosen", "rejected", "completion")]
+    return fingerprint([example.kind, parts, answers, record.get("label"), record.get("tools")])
+
+
+def _said(message: Record) -> list[Any]:
+    said = message["content"]
+    same = " ".join(said.split()) if message["role"] == "assistant" else normalised(said)
+    calls = [call["function"] for call in message.get("tool_calls", [])]
+    return [message["role"], same, calls]
+
+
+def duplicates(examples: Sequence[Example]) -> dict[int, Drop]:
+    """Examples of which an equal one stays: that of a validation or test file, else the first."""
+    kept: dict[str, str] = {}
+    drops = {}
+    for number in _held_out_first(examples):
+        key = content(examples[number])
+        if key in kept:
+            drops[number] = Drop("duplicate", f"the same as {kept[key]}")
+        kept.setdefault(key, examples[number].place)
+    return drops
+
+
+def near_duplicates(examples: Sequence[Example], similarity: float) -> dict[int, Drop]:
+    """Examples whose prompt is nearly that of one that stays, which is never itself dropped. Examples of one prompt
+    stay or go together.
+
+    Args:
+        examples: all.
+        similarity: least Jaccard similarity of the sets of three words in a row that makes prompts nearly the same;
+            those that MinHash finds are compared exactly.
+    """
+    words = simplified_words(numbers=False)
+    kept: list[tuple[frozenset[bytes], str]] = []
+    buckets: dict[tuple[int, bytes], list[int]] = {}
+    judged: dict[str, Drop | None] = {}
+    drops = {}
+    for number in _held_out_first(examples):
+        example = examples[number]
+        prompt = example.prompt
+        if prompt not in judged:
+            own = words.of(prompt)
+            bands = list(enumerate(SIGNATURE.digests(own)))
+            shingles = frozenset(joined(own, SIGNATURE.n))
+            candidates = sorted({other for band in bands for other in buckets.get(band, [])})
+            near = ((place, _jaccard(shingles, other)) for other, place in (kept[c] for c in candidates))
+            judged[prompt] = next(
+                (
+                    Drop("near_duplicate", f"the prompt is that of {place} by {shared:.2f}")
+                    for place, shared in near
+                    if shared >= similarity
+                ),
+                None,
+            )
+            if judged[prompt] is None and bands:
+                for band in bands:
+                    buckets.setdefault(band, []).append(len(kept))
+                kept.append((shingles, example.place))
+        if (drop := judged[prompt]) is not None:
+            drops[number] = drop
+    return drops
+
+
+def _held_out_first(examples: Sequence[Example]) -> list[int]:
+    """What training and evaluation files share is to go from training."""
+    return sorted(range(len(examples)), key=lambda number: examples[number].split == "train")
+
+
+def _jaccard(one: frozenset[bytes], other: frozenset[bytes]) -> float:
+    return len(one & other) / len(one | other)
+
+
+def read_sets(paths: Sequence[str]) -> dict[str, list[Item]]:
+    """Name of an evaluation set -> what it asks.
+
+    Raises:
+        EvaluationSetError: one cannot be read.
+    """
+    return {set_name(path): read_set(path) for path in paths}
+
+
+def state_of(sets: Mapping[str, Sequence[Item]]) -> dict[str, str]:
+    """What decides the contamination found."""
+    return {name: fingerprint([[item.query, item.labels] for item in items]) for name, items in sets.items()}
+
+
+def contaminated(examples: Sequence[Example], sets: Mapping[str, Sequence[Item]], n: int) -> dict[int, Drop]:
+    """Examples for training that hold an item of an evaluation set: n words in a row of its question and answer, or
+    all of a shorter one.
+
+    Args:
+        examples: all; those of validation and test files are left alone.
+        sets: by name.
+        n: words in a run.
+    """
+    names = [name for name, items in sets.items() for _ in items]
+    match = Match(n, SHORTEST, queries=True, crossing=True, numbers=False, share=0.0)
+    index = Index.of((item for items in sets.values() for item in items), match)
+    drops = {}
+    for number, example in enumerate(examples):
+        if example.split == "train" and (held := index.find(" ".join(_texts(example.record)).split()).items):
+            of = sorted({names[item] for item in held})
+            drops[number] = Drop("contaminated", f"holds {len(held)} items of {', '.join(of)}")
+    return drops
+
+
+def _texts(record: Record) -> Iterator[str]:
+    for key in ("messages", "prompt", "chosen", "rejected", "completion"):
+        yield from (message["content"] for message in record.get(key, []))

@@ -26,6 +26,7 @@ from data_pipeline.card import page as card
 from data_pipeline.chat import CHATML
 from data_pipeline.shards import Shard
 from data_pipeline.steps.base import CorpusStep, Step
+from data_pipeline.templates import with_template
 from data_pipeline.tokenizer import TRAINERS, Tokenizer
 from data_pipeline.tokenizer_report import Sizes, report, table
 
@@ -56,6 +57,7 @@ def build(corpus: "TextCorpus", directory: Path, cache: Path, workers: int) -> A
         SourceError: text cannot be had.
         CorpusError: a step lost more than it may.
         TokenizerError: there is too little text for the vocabulary, or the given tokenizer cannot be read.
+        TemplateError: the given tokenizer lacks special tokens of the chat template.
         LiveRunError: another process is making it.
         OccupiedError: the directory holds an artifact of another kind.
     """
@@ -174,11 +176,13 @@ def make_steps(
         from data_pipeline.engine.tokenising import sample
 
         if corpus.tokenizer:
-            Tokenizer.load(corpus.tokenizer).save(draft.path)
+            made = with_template(Tokenizer.load(corpus.tokenizer), corpus.chat_template)
         else:
             share = corpus.tokenizer_bytes / done["split"].metrics["splits"]["train"]["bytes"]
-            train = TRAINERS[corpus.algorithm]
-            train(sample(path("split") / "train", share), corpus.vocabulary, chat_template=CHATML).save(draft.path)
+            texts = sample(path("split") / "train", share)
+            made = TRAINERS[corpus.algorithm](texts, corpus.vocabulary, corpus.specials, CHATML)
+            made = with_template(made, corpus.chat_template)
+        made.save(draft.path)
         draft.metrics["steps"] = []
 
     def shards(draft: Draft) -> None:
@@ -225,9 +229,9 @@ def make_steps(
     make = functools.partial(split, before=before)
     step("split", chosen("validation", "test"), (before,), make, *(f"{name}/*" for name in SPLITS))
     if corpus.tokenizer:
-        step("tokenizer", chosen("tokenizer"), (), tokenizer, "*.json", "*.jinja")
+        step("tokenizer", chosen("tokenizer", "chat_template"), (), tokenizer, "*.json", "*.jinja")
     else:
-        training = chosen("algorithm", "vocabulary", "tokenizer_bytes")
+        training = chosen("algorithm", "vocabulary", "tokenizer_bytes", "chat_template")
         step("tokenizer", training, ("split",), tokenizer, "*.json", "*.jinja")
     step("shards", {}, ("split", "tokenizer"), shards, "*.bin", "*.idx", "*.parquet", "quarantine/*/*")
     return done

@@ -10,6 +10,7 @@ from conf.registry import register
 from data_pipeline.config import DataSet, PipelineConfig
 from data_pipeline.corpus.build import build
 from data_pipeline.steps.base import Step
+from data_pipeline.templates import NAMES, special_tokens, template_problems
 from data_pipeline.tokenizer import BYTES, SPECIALS, TRAINERS
 
 
@@ -31,6 +32,8 @@ class TextCorpus(DataSet):
             "wordpiece", which forgets white space and cannot express every character.
         vocabulary: ids of the tokenizer that is trained, special tokens included.
         tokenizer_bytes: most text that it is trained on, in bytes; a uniform sample of the train split.
+        chat_template: one of ours (chatml, llama3, plain, qwen) that goes with the tokenizer, whose special tokens one
+            that is trained gets; empty takes chatml for that, and leaves a given one as it is.
         encodable: least share of the documents that the tokenizer must be able to express, in [0, 1].
         pieces: parts that the work is cut into: at most so many processes, and what a kill can lose of a step.
     """
@@ -46,6 +49,7 @@ class TextCorpus(DataSet):
     algorithm: str = "bpe"
     vocabulary: int = 32768
     tokenizer_bytes: int = 200_000_000
+    chat_template: str = ""
     encodable: float = 0.9
     pieces: int = 8
 
@@ -53,6 +57,12 @@ class TextCorpus(DataSet):
     def ordered(self) -> dict[str, Step]:
         """The steps that run, in order."""
         return {name: self.steps[name] for name in self.order}
+
+    @property
+    def specials(self) -> list[str]:
+        """Special tokens of the tokenizer that is trained."""
+        wanted = special_tokens(self.chat_template) if self.chat_template in NAMES else []
+        return [*SPECIALS, *(token for token in wanted if token not in SPECIALS)]
 
     def problems(self, config: PipelineConfig, world_size: int) -> list[Problem]:
         found = []
@@ -73,7 +83,8 @@ class TextCorpus(DataSet):
                 found.append(Problem(f"corpus.{key}", getattr(self, key), "a share in [0, 1]"))
         if self.algorithm not in TRAINERS:
             found.append(Problem("corpus.algorithm", self.algorithm, f"one of {', '.join(TRAINERS)}"))
-        least = BYTES + len(SPECIALS)
+        found += template_problems("corpus.chat_template", self.chat_template)
+        least = BYTES + len(self.specials)
         if not self.tokenizer and self.vocabulary < least:
             found.append(Problem("corpus.vocabulary", self.vocabulary, f"at least {least}: bytes and special tokens"))
         for key in ("validation", "test"):

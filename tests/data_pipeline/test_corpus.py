@@ -40,6 +40,7 @@ from data_pipeline.steps.exact import Exact
 from data_pipeline.steps.length import Length
 from data_pipeline.steps.markup import Markup
 from data_pipeline.steps.normalise import Normalise
+from data_pipeline.templates import TemplateError, template
 from data_pipeline.text import TextData
 from data_pipeline.tokenizer import TRAINERS, Tokenizer
 from tests.data import standard_library, tiny_tokenizer
@@ -339,6 +340,16 @@ def test_other_tokenizers_are_trained_by_name(texts, tmp_path, algorithm):
     )
     assert set(found["kind"]) == {"code", "prose"} and not found["language"]
     TextData(str(corpus.path), 32).open("train", tokenizer, seed=0)
+
+
+def test_a_chat_template_by_name_brings_its_special_tokens(texts, tmp_path):
+    corpus = made(texts, tmp_path / "corpus", chat_template="llama3", vocabulary=450)
+    tokenizer = Tokenizer.load(corpus.path / "tokenizer")
+    assert tokenizer.chat_template == template("llama3")
+    assert tokenizer.special("<|eot_id|>") in tokenizer.special_ids and tokenizer.vocabulary == 450
+    with pytest.raises(TemplateError, match=r"chat_template=llama3 needs special tokens"):
+        tiny_tokenizer(450).save(tmp_path / "given")
+        made(texts, tmp_path / "other", chat_template="llama3", tokenizer=str(tmp_path / "given"))
 
 
 def test_an_artifact_of_another_kind_is_not_written_over(texts, tmp_path):

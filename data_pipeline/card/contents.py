@@ -18,6 +18,8 @@ SOURCES_DRAWN = 6
 STEPS_DRAWN = 20
 REASONS_DRAWN = 5
 """In the picture of the documents' way; the tables have all of them."""
+LONGEST_NAME = 18
+"""Characters of the names of several steps that are drawn as one; else their number stands there."""
 DUPLICATES, PERSONAL, CONTAMINATION, REPRESENTATION = "duplicates", "personal", "contamination", "representation"
 TOPICS = (DUPLICATES, PERSONAL, CONTAMINATION, REPRESENTATION)
 Counts = dict[str, int]
@@ -121,7 +123,7 @@ def tables(step: Step) -> list[Table]:
         if not colon and len(parts) == 3:
             column, title, row = parts
         elif not colon:
-            row, column = label, "found"
+            row, column = label, "number"
         cells.setdefault(title, {}).setdefault(row, {})[column] = count
     found = []
     for title, rows in cells.items():
@@ -229,7 +231,7 @@ def drawn(of: Sequence[Step]) -> list[sankey.Step]:
             for reason, count in step.dropped.items():
                 dropped[reason] = dropped.get(reason, 0) + count
         names = ", ".join(step.name for step in members)
-        name = alone or (names if len(names) <= 22 else counted(len(members), "step"))
+        name = alone or (names if len(names) <= LONGEST_NAME else counted(len(members), "step"))
         bands = folded(ranked(dropped), REASONS_DRAWN, "other reasons")
         found.append(sankey.Step(name, members[0].documents_in, bands))
     return found
@@ -316,7 +318,9 @@ def _years(portrait: Mapping[str, Any]) -> Counts:
 
 
 def _length_names(values: Sequence[float]) -> dict[float, str]:
-    return {float(bin): compact(round(bins.length_from(bin))) for bin in range(int(values[0]), int(values[-1]) + 1)}
+    """With two digits: bins are wider than that."""
+    places = range(int(values[0]), int(values[-1]) + 1)
+    return {float(place): compact(float(f"{bins.length_from(place):.2g}")) for place in places}
 
 
 def _year_names(values: Sequence[float]) -> dict[float, str]:

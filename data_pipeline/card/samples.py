@@ -25,6 +25,7 @@ LOOKED_THROUGH = 500
 """Documents at the head of each piece that samples are drawn from."""
 LENGTH = 420
 """Characters that are shown of a document."""
+LINES = 9
 LONGEST_ID = 160
 READ = 20_000
 """Characters of a document that are looked through for personal data."""
@@ -147,4 +148,5 @@ def masked(text: str) -> str:
 def excerpt(text: str, length: int = LENGTH) -> str:
     """The beginning of a text."""
     text = text.strip("\n")
-    return text if len(text) <= length else text[:length].rstrip() + " …"
+    beginning = "\n".join(text[:length].split("\n")[:LINES])
+    return text if beginning == text else beginning.rstrip() + " …"

@@ -14,7 +14,7 @@ TRUNK, WIDTH = 250, 330
 """Left edge of the band of all documents, and its width, in CSS pixels."""
 ENDS = 225, 655
 """Where bands begin on the left and end on the right."""
-SIZE = 960
+MARGIN, SIZE = -24, 984
 LINE = 21
 """Least height of a band's place: a line of text."""
 GAP = 30
@@ -91,7 +91,7 @@ def draw(sources: Sequence[Band], steps: Sequence[Step], splits: Sequence[Band])
     parts.append(_label(TRUNK, y + 32, "start", straight.name, f"{number(straight.documents)}{straight.note}", 60))
     told = "; ".join(f"{s.name}: {s.documents_in:,} in, {s.documents_out:,} out" for s in steps)
     return Markup(
-        f'<svg class="sankey" role="img" aria-label="{escape(told)}" viewBox="0 0 {SIZE} {y + 46:.0f}">'
+        f'<svg class="sankey" role="img" aria-label="{escape(told)}" viewBox="{MARGIN} 0 {SIZE} {y + 46:.0f}">'
         f"{''.join(parts)}</svg>"
     )
 
@@ -115,7 +115,7 @@ def _row(parts: list[str], step: Step, y: float, scale: float, kind: str) -> flo
     parts.append(_trunk(kept, y, y + height, f"{step.name}: {counted(step.documents_out, 'document')} passed on"))
     if kind == "drop":
         parts.append(f'<line class="rule" x1="20" x2="{TRUNK + WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_label(ENDS[0] - 10, y + 15, "end", step.name, about, 22))
+        parts.append(_label(ENDS[0] - 10, y + 15, "end", step.name, about, 19))
     return y + height
 
 

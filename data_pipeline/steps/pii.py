@@ -8,6 +8,7 @@ from conf.errors import Problem
 from conf.registry import register
 from data_pipeline import personal
 from data_pipeline.page import Page
+from data_pipeline.personal.spans import replaced
 from data_pipeline.steps.base import DocumentStep
 
 ACTIONS = ("replace", "tag", "drop", "keep")
@@ -29,7 +30,7 @@ class PII(DocumentStep):
         email: e-mail addresses under a top-level domain that exists.
         iban: international bank account numbers.
         card: numbers of payment cards.
-        national_id: numbers that states give to people; see IDENTIFIERS in data_pipeline/personal.py.
+        national_id: numbers that states give to people; see data_pipeline/personal/identifiers.py.
         phone: telephone numbers.
         ip: public addresses of IP, versions 4 and 6.
         regions: countries (ISO 3166, two letters) whose phone numbers are known without their international prefix.
@@ -84,7 +85,7 @@ class PII(DocumentStep):
             page.metadata[TAG] = tagged
         kind_at = {one.begin: one.kind for one in found if dropping or self.action(one.kind) == "replace"}
         spans = [(one.begin, one.end) for one in found if one.begin in kind_at]
-        page.text = personal.replaced(page.text, spans, lambda begin, end: self.placeholder(kind_at[begin]))
+        page.text = replaced(page.text, spans, lambda begin, end: self.placeholder(kind_at[begin]))
         return dropping[0] if dropping else None
 
     def action(self, kind: str) -> str:

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import personal
 from data_pipeline.page import Page
 from data_pipeline.personal import KINDS, find
+from data_pipeline.personal.emails import top_level_domains
 from data_pipeline.steps.pii import PII
 from tests.data import standard_library
 
@@ -302,6 +302,46 @@ def test_a_short_national_number_counts_only_where_a_word_says_what_it_is():
     assert find("His BSN is 111222333.")
 
 
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ('api_key = "9f86d081884c7d659a2feaa0c55ad015"', "9f86d081884c7d659a2feaa0c55ad015"),
+        ("export GITHUB_TOKEN=q8Zt3LmX92vKpR4yBn7W", "q8Zt3LmX92vKpR4yBn7W"),
+        ('{"password": "Tr0ub4dor&3xK"}', "Tr0ub4dor&3xK"),
+        ("Authorization: Bearer q8Zt3LmX92vKpR4yBn7WdE", "q8Zt3LmX92vKpR4yBn7WdE"),
+        ("DB_PASSWORD: 'k3Jx82!mQz_p'", "k3Jx82!mQz_p"),
+        ("amqp://worker:s3cr3tP4ssw@queue.internal/jobs", "s3cr3tP4ssw"),
+        ('api_key = "correcthorsebatterystaple"', ""),
+        ('"tokenizer": "spacy.Tokenizer.v1.2"', ""),
+        ('"token2wav_config": Qwen2_5OmniToken2WavConfig,', ""),
+        ('token = request.headers["X-Token-2024-01"]', ""),
+        ("password = hash_password2(user, salt16)", ""),
+        ('secret = "${VAULT_SECRET_2024}"', ""),
+        ('api_key = "your-api-key-12345678"', ""),
+        ("https://user:pass@localhost/db", ""),
+    ],
+)
+def test_what_is_called_a_secret_must_look_random(text, secret):
+    assert [text[one.begin : one.end] for one in find(text)] == ([secret] if secret else [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "573-583. 2020",
+            "278326125*x",
+            "x + 261954000*x**2",
+            "1.282427129 approximately",
+            "6.332362889 + 45.92828268*I",
+        ),
+        *("192.52.193.0/24", "2620:4f:8000::/48", '__version__ = "23.5.0.1"', "3.1.1.6", "== 93.1.2.3"),
+    ],
+)
+def test_numbers_of_science_networks_and_versions_are_left_alone(text):
+    assert find(text) == []
+
+
 def test_prose_and_code_of_the_standard_library_hold_almost_none():
     found = find("\n".join(topics.values()))
     assert found == []
@@ -433,6 +473,6 @@ def test_problems_name_the_field_and_what_would_work():
 def test_nothing_is_fetched_to_know_the_top_level_domains(monkeypatch):
     import socket
 
-    personal.top_level_domains.cache_clear()
+    top_level_domains.cache_clear()
     monkeypatch.setattr(socket, "socket", lambda *_: pytest.fail("a connection was opened"))
-    assert {"com", "museum", "de"} <= personal.top_level_domains()
+    assert {"com", "museum", "de"} <= top_level_domains()

@@ -12,9 +12,9 @@ from data_pipeline.sources.base import SourceError
 
 BLOCK = 2**20
 """Bytes read at a time."""
-SLICE = 2**11
+SLICE = 2**10
 """Bytes of Zstandard given to the decompressor at a time: the least bytes that can stand for a block of 128 KiB are 4,
-so this bounds what comes out at once to 64 MiB."""
+so this bounds what comes out at once to 32 MiB."""
 LONGEST_LINE = 16 * 2**20
 """Bytes. A longer line is no document."""
 

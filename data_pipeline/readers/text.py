@@ -31,10 +31,10 @@ class TextFileReader(FileReader):
         yield text_document(self.origin, name, kind, whole(file, LARGEST_TEXT))
 
 
-def text_document(origin: Origin, path: str, kind: str, content: bytes | None) -> Document:
+def text_document(origin: Origin, path: str, kind: str, content: bytes | None, **metadata: str) -> Document:
     """A document of a file's content, where it is not too large; dated by its front matter, if that has a date."""
     if content is None:
-        return origin.fault(path, kind, "too_large")
+        return origin.document(path, kind, "", fault="too_large", **metadata)
     front = FRONT_MATTER.match(content)
     dated = DATE.search(front[1]) if front else None
-    return decoded(origin, path, kind, content, date=iso(dated[1].decode().strip()) if dated else "")
+    return decoded(origin, path, kind, content, date=iso(dated[1].decode().strip()) if dated else "", **metadata)

@@ -225,7 +225,7 @@ def test_lines_of_100_mb_are_cut_in_bounded_memory(tmp_path):
     grown = peak_growth(lambda: found.extend(read(JsonLines([str(tmp_path)]), tmp_path)))
     assert faults(found) == [""] * 8 + ["long_line"] + [""] * 8
     assert found[8].metadata["detail"].startswith("100,000,012 bytes")
-    assert grown < 8 * streams.LONGEST_LINE
+    assert grown < 12 * streams.LONGEST_LINE
 
 
 def test_a_zstandard_bomb_unpacks_in_bounded_memory(tmp_path):
@@ -233,7 +233,7 @@ def test_a_zstandard_bomb_unpacks_in_bounded_memory(tmp_path):
     found: list = []
     grown = peak_growth(lambda: found.extend(read(JsonLines([str(tmp_path)]), tmp_path)))
     assert faults(found) == ["long_line"]
-    assert grown < 8 * streams.LONGEST_LINE
+    assert grown < 12 * streams.LONGEST_LINE
 
 
 @pytest.mark.parametrize(

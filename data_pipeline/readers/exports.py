@@ -1,14 +1,14 @@
 """Chats as people export them from assistants, and conversations in JSON lines, turned into documents.
 
-Recognised by their shape: ChatGPT's conversations.json (a tree of messages under "mapping"; read is the branch that was
-shown last), Claude's ("chat_messages"), {"messages": [{"role", "content"}]}, and {"conversations": [{"from", "value"}]}.
+Recognised by their shape: ChatGPT's conversations.json (a tree of messages under "mapping", of which the branch shown
+last is read), Claude's ("chat_messages"), {"messages": [{"role", "content"}]} and
+{"conversations": [{"from", "value"}]}.
 """
 
 import codecs
 import json
 import zipfile
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -143,10 +143,9 @@ def records(file: Path) -> Iterator[Any]:
             if inner is None:
                 raise DamageError(f"no {EXPORT} in it")
             with archive.open(inner) as stream:
-                yield from elements(iter(partial(stream.read1, BLOCK), b""))
+                yield from elements(iter(partial(stream.read1, BLOCK), b""))  # type: ignore[attr-defined]
     else:
-        with closing(blocks(file)) as content:
-            yield from elements(content)
+        yield from elements(blocks(file))
 
 
 def parsed(content: bytes) -> Any:

@@ -20,11 +20,24 @@ LARGEST_LICENCE = 2**17
 """Bytes."""
 LICENCE_FILES = ("licen[cs]e*", "LICEN[CS]E*", "Licen[cs]e*", "COPYING*", "UNLICEN[CS]E*")
 LANGUAGES = (
-    *("python", "cython", "c++", "cuda", "objective-c++", "objective-c", "c", "c#", "java", "kotlin", "scala", "groovy"),
-    *("javascript", "jsx", "tsx", "ts", "vue", "svelte", "go", "rust", "zig", "swift", "dart", "d", "nim", "crystal"),
+    *(
+        "python",
+        "cython",
+        "c++",
+        "cuda",
+        "objective-c++",
+        "objective-c",
+        "c",
+        "c#",
+        "java",
+        "kotlin",
+        "scala",
+        "groovy",
+    ),
+    *("javascript", "jsx", "tsx", "ts", "vue", "svelte", "go", "rust", "zig", "swift", "dart", "nim", "crystal"),
     *("ruby", "perl", "php", "lua", "luau", "r", "julia", "haskell", "ocaml", "f#", "elm", "purescript", "erlang"),
     *("elixir", "gleam", "clojure", "clojurescript", "scheme", "lean", "idris", "fortran", "pascal", "vb", "asm"),
-    *("verilog", "system-verilog", "vhdl", "solidity", "sql", "shell", "fish", "powershell", "batch", "awk", "tcl"),
+    *("verilog", "system-verilog", "vhdl", "solidity", "sql", "shell", "fish", "powershell", "batch", "awk"),
     *("cmake", "makefile", "dockerfile", "nix", "terraform", "proto", "thrift", "graphql", "css", "scss", "vim"),
 )
 """What is a programming language among the tags of `identify`; of several that fit, the first."""
@@ -55,7 +68,7 @@ class RepositoryReader(FileReader):
         if language is None or (self.languages and language not in self.languages):
             self.stat_update(f"{PASSED_OVER}{self.origin.name}\t{language or 'no program'}")
             return
-        yield text_document(self.origin, name, "code", content_of(file), language=language, **named)
+        yield text_document(self.origin, name, "code", content_of(file), programming_language=language, **named)
 
 
 def content_of(file: Path) -> bytes | None:

@@ -43,7 +43,6 @@ MALFORMED = (
     AttributeError,
     EOFError,
     ValueError,
-    zlib.error,
 )
 """What warcio raises for records that are damaged; AttributeError, where a header is missing that it counts on."""
 
@@ -124,20 +123,35 @@ def unpacked(record: ArcWarcRecord) -> bytes:
     """What a record holds, at most one byte more than a page may have.
 
     Raises:
-        DamageError: it is packed in a way that is not known, or breaks off.
-        zlib.error: it is damaged.
+        DamageError: it cannot be unpacked.
     """
     headers = record.http_headers
     chunked = headers is not None and str(headers.get_header("Transfer-Encoding")).lower() == "chunked"
     body = (ChunkedDataReader(record.raw_stream) if chunked else record.raw_stream).read()
-    encoding = str((headers and headers.get_header("Content-Encoding")) or "identity").strip().lower()
+    return unpacked_body(body, str((headers and headers.get_header("Content-Encoding")) or ""))
+
+
+def unpacked_body(body: bytes, encoding: str) -> bytes:
+    """What a server sent, at most one byte more than a page may have.
+
+    Args:
+        body: as it was sent.
+        encoding: value of Content-Encoding; empty if there was none.
+
+    Raises:
+        DamageError: it is packed in a way that is not known, is damaged, or breaks off.
+    """
+    encoding = encoding.strip().lower() or "identity"
     if encoding == "identity":
         return body
     if encoding not in WINDOWS:
         raise DamageError(f"packed as {encoding[:50]}, which is not known here")
     raw = encoding == "deflate" and body[:1] != b"\x78"  # some servers leave out zlib's own frame
     packed = zlib.decompressobj(-zlib.MAX_WBITS if raw else WINDOWS[encoding])
-    content = packed.decompress(body, LARGEST_PAGE + 1)
+    try:
+        content = packed.decompress(body, LARGEST_PAGE + 1)
+    except zlib.error as error:
+        raise DamageError(str(error)) from error
     if not packed.eof and len(content) <= LARGEST_PAGE:
         raise DamageError("its body breaks off")
     return content

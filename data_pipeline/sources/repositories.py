@@ -15,7 +15,18 @@ if TYPE_CHECKING:
 
     from data_pipeline.readers.reading import Found
 
-PERMISSIVE = ["0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "ISC", "MIT", "Unlicense", "Zlib"]
+PERMISSIVE = [
+    "0BSD",
+    "Apache-2.0",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "BSL-1.0",
+    "CC0-1.0",
+    "ISC",
+    "MIT",
+    "Unlicense",
+    "Zlib",
+]
 
 
 @register("corpus/source", "repositories")
@@ -60,7 +71,9 @@ class Repositories(Source):
     def files(self) -> list[tuple[str, Path, list[str]]]:
         """(repository, its directory, its files)"""
         found = [(root, *listed(root)) for root in self.roots()]
-        return [(root, path, [name for name in names if not excluded(name, self.exclude)]) for root, path, names in found]
+        return [
+            (root, path, [name for name in names if not excluded(name, self.exclude)]) for root, path, names in found
+        ]
 
     def state(self) -> Any:
         """Other names, sizes or times of change mean other content."""

@@ -22,6 +22,7 @@ from warcio.warcwriter import WARCWriter
 from data_pipeline.readers import archives, extraction, streams
 from data_pipeline.readers.reading import PASSED_OVER, FileReader, iso
 from data_pipeline.sources.base import Fields, FileSource, SourceError
+from data_pipeline.sources.exports import Exports
 from data_pipeline.sources.files import Files
 from data_pipeline.sources.html import Html
 from data_pipeline.sources.jsonl import JsonLines
@@ -120,6 +121,33 @@ def ends(content: bytes, mark: bytes) -> tuple[int, ...]:
     return tuple(sorted({0, *starts, *(i + len(mark) for i in starts)}))
 
 
+CHATS = [
+    {
+        "title": f"Chat {number}",
+        "id": f"c{number}",
+        "create_time": 1_714_972_089.5,
+        "current_node": "b",
+        "mapping": {
+            "root": {"message": None, "parent": None, "children": ["a"]},
+            "a": {
+                "message": {"author": {"role": "user"}, "content": {"content_type": "text", "parts": ["Say it."]}},
+                "parent": "root",
+                "children": ["b", "c"],
+            },
+            "b": {
+                "message": {"author": {"role": "assistant"}, "content": {"parts": [text]}},
+                "parent": "a",
+                "children": [],
+            },
+            "c": {
+                "message": {"author": {"role": "assistant"}, "content": {"parts": ["No."]}},
+                "parent": "a",
+                "children": [],
+            },
+        },
+    }
+    for number, text in enumerate(TEXTS)
+]
 FEW = TEXTS[:3]
 """Where each takes long."""
 RESPONSES, CONVERSIONS, PACKED = warc(FEW), warc(TEXTS, kind="conversion"), warc(FEW, packed=True)
@@ -133,6 +161,8 @@ FORMATS = {
     "warc": Format("x.warc", RESPONSES, lambda p: Warc([p]), ends(RESPONSES, b"\r\n\r\n")),
     "warc.gz": Format("x.warc.gz", PACKED, lambda p: Warc([p])),
     "wet": Format("x.wet", CONVERSIONS, lambda p: Warc([p]), ends(CONVERSIONS, b"\r\n\r\n")),
+    "export": Format("x.json", json.dumps(CHATS).encode(), lambda p: Exports([p])),
+    "export.zip": Format("x.zip", zipped({"a/conversations.json": json.dumps(CHATS)}), lambda p: Exports([p])),
     "tar": Format("x.tar", tarred(TEXTS), lambda p: Files([p])),
     "tar.gz": Format("x.tar.gz", tarred(TEXTS, "w:gz"), lambda p: Files([p])),
     "zip": Format("x.zip", zipped({f"{n}.md": text for n, text in enumerate(TEXTS)}), lambda p: Files([p])),

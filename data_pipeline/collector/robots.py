@@ -1,0 +1,96 @@
+"""What a host allows: robots.txt (RFC 9309), and what pages say of themselves."""
+
+from dataclasses import dataclass
+
+from lxml import etree, html
+from protego import Protego
+
+from data_pipeline.collector.fetching import Answer
+
+LARGEST_ROBOTS = 500 * 1024
+"""Bytes; RFC 9309 asks for at least as many, and what comes after may be ignored."""
+REDIRECTS = 5
+"""That are followed on the way to a robots.txt."""
+ROBOTS_LIFE_S = 24 * 3600.0
+"""Seconds for which a robots.txt counts."""
+MOST_LINKS = 10_000
+"""Links of one page that are followed."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a host allows.
+
+    Args:
+        text: its robots.txt; None where nothing may be asked for, as the file cannot be had.
+        agent: who asks.
+    """
+
+    text: str | None
+    agent: str
+
+    @classmethod
+    def of(cls, answer: Answer, agent: str) -> "Rules":
+        """A file that is not there allows all; a server that fails allows nothing until it is well (section 2.3.1)."""
+        if answer.status == 200 and not answer.fault:
+            return cls(answer.body[:LARGEST_ROBOTS].decode("utf-8", "replace"), agent)
+        return cls("" if 400 <= answer.status < 500 and answer.status != 429 else None, agent)
+
+    @property
+    def parsed(self) -> Protego:
+        return Protego.parse(self.text or "")
+
+    def allow(self, url: str) -> bool:
+        return self.text is not None and self.parsed.can_fetch(url, self.agent)
+
+    @property
+    def delay_s(self) -> float:
+        """Seconds that it asks for between two requests."""
+        rules = self.parsed
+        rate = rules.request_rate(self.agent)
+        return max(
+            rules.crawl_delay(self.agent) or 0.0, rate.seconds / rate.requests if rate and rate.requests else 0.0
+        )
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page says to collectors.
+
+    Args:
+        links: addresses, as they are written.
+        base: what they are relative to.
+        kept: whether it may be kept.
+        followed: whether its links may be followed.
+    """
+
+    links: list[str]
+    base: str
+    kept: bool
+    followed: bool
+
+
+def page(content: str, url: str, headers: str) -> Page:
+    """Read a page's links and its wishes (`robots` in meta elements and in X-Robots-Tag).
+
+    Args:
+        content: HTML.
+        url: its address.
+        headers: value of X-Robots-Tag.
+    """
+    parser = html.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True)
+    try:
+        tree = etree.fromstring(content.encode("utf-8", "replace"), parser=parser)
+    except (etree.LxmlError, ValueError):
+        tree = None
+    wishes, base, links = headers.lower(), url, []
+    if tree is not None:
+        wishes += ",".join(tree.xpath("//meta[translate(@name,'ROBTS','robts')='robots']/@content")).lower()
+        base = next(iter(tree.xpath("//base/@href")), url)
+        links = tree.xpath("//a[@href and not(contains(@rel,'nofollow'))]/@href")[:MOST_LINKS]
+    return Page(
+        links,
+        base,
+        kept="noindex" not in wishes and "none" not in wishes,
+        followed="nofollow" not in wishes and "none" not in wishes,
+    )

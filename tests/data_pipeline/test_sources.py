@@ -252,7 +252,7 @@ def test_duplicate_ids_are_found_across_files_and_put_in_quarantine(tmp_path):
     source = JsonLines([str(tmp_path)], fields=Fields(id="id"))
     steps = {"unique_ids": UniqueIds()}
     corpus = TextCorpus(
-        sources={"x": source}, steps=steps, order=["unique_ids"], vocabulary=300, pieces=2, validation=0.0, test=0.0
+        sources={"x": source}, steps=steps, order=["unique_ids"], vocabulary=280, pieces=2, validation=0.0, test=0.0
     )
     made = build(corpus, tmp_path / "corpus", tmp_path, 1)
     counts = {step["name"]: step for step in made.metrics["steps"]}

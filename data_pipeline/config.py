@@ -7,6 +7,7 @@ from omegaconf import MISSING
 
 import data_pipeline
 import data_pipeline.corpus
+import data_pipeline.executors
 import data_pipeline.sources
 import data_pipeline.steps
 from conf.errors import Problem
@@ -36,7 +37,9 @@ class PipelineConfig:
         run_dir: the directory that becomes the artifact.
         cache: where downloads are kept; a data set can be made again from it without a network.
         seed: of everything that is drawn.
-        workers: processes; 0 means one per core. The result does not depend on it.
+        executor: where the pieces of a corpus are worked on; see the group `executor`; local ones if not given.
+        workers: most pieces that are worked on at the same time; 0 means one per core of this machine with
+            executor=local, and all of them elsewhere. The result does not depend on it.
     """
 
     corpus: Any = MISSING
@@ -44,13 +47,24 @@ class PipelineConfig:
     run_dir: str = "runs/${name}"
     cache: str = ".cache"
     seed: int = 0
+    executor: Any = None
     workers: int = 0
 
     def problems(self) -> list[Problem]:
         """Everything wrong with the configuration."""
-        found = [] if self.workers >= 0 else [Problem("workers", self.workers, "0 (one per core) or more")]
-        return found + self.corpus.problems(self, 1)
+        found = (
+            []
+            if self.workers >= 0
+            else [Problem("workers", self.workers, "0 (as many as there are cores or pieces) or more")]
+        )
+        return found + (self.executor.problems() if self.executor else []) + self.corpus.problems(self, 1)
 
 
-for package in (data_pipeline, data_pipeline.corpus, data_pipeline.sources, data_pipeline.steps):
+for package in (
+    data_pipeline,
+    data_pipeline.corpus,
+    data_pipeline.executors,
+    data_pipeline.sources,
+    data_pipeline.steps,
+):
     discover(package)

@@ -24,6 +24,8 @@ from conf.errors import LongrunError
 from data_pipeline.artifact import MANIFEST, Artifact, Draft, check_kind, fingerprint, finished, locked, recipe_of
 from data_pipeline.card import page as card
 from data_pipeline.chat import CHATML
+from data_pipeline.executors.base import Executor, roomy
+from data_pipeline.executors.local import LOCAL
 from data_pipeline.shards import Shard
 from data_pipeline.steps.base import CorpusStep, Step
 from data_pipeline.templates import with_template
@@ -44,20 +46,23 @@ class CorpusError(LongrunError):
     """A step lost more documents than it may, or documents went missing without a reason."""
 
 
-def build(corpus: "TextCorpus", directory: Path, cache: Path, workers: int) -> Artifact:
+def build(corpus: "TextCorpus", directory: Path, cache: Path, workers: int, executor: Executor = LOCAL) -> Artifact:
     """Make the corpus, or find it made.
 
     Args:
         corpus: what is made.
         directory: becomes the artifact.
         cache: where downloads are kept.
-        workers: processes; the result does not depend on it.
+        workers: most pieces that are worked on at the same time; the result does not depend on it.
+        executor: where they are worked on.
 
     Raises:
         SourceError: text cannot be had.
         CorpusError: a step lost more than it may.
         TokenizerError: there is too little text for the vocabulary, or the given tokenizer cannot be read.
         TemplateError: the given tokenizer lacks special tokens of the chat template.
+        PieceError: the process that worked on a piece died.
+        DiskFullError: there is no room for the result.
         LiveRunError: another process is making it.
         OccupiedError: the directory holds an artifact of another kind.
     """
@@ -65,14 +70,14 @@ def build(corpus: "TextCorpus", directory: Path, cache: Path, workers: int) -> A
     if corpus.tokenizer:
         given = Tokenizer.load(corpus.tokenizer)  # its end-of-text token and chat template count too
         settings["tokenizer"] = fingerprint([given.fingerprint, given.config, given.chat_template])
-    with locked(directory):
+    with roomy(f"corpus: {directory}"), locked(directory):
         made = finished(directory, "corpus", settings, {})
         if made is not None and intact(made):
             check(made.metrics["steps"], corpus, directory / "quarantine")
             print(f"corpus: {directory} is made already, nothing to do")
             return made
         check_kind(directory, "corpus")
-        steps = make_steps(corpus, settings, directory / "steps", cache, workers)
+        steps = make_steps(corpus, settings, directory / "steps", cache, workers, executor)
         artifact = publish(directory, settings, steps)
     splits = ", ".join(f"{split} {counts['tokens']:,}" for split, counts in artifact.metrics["splits"].items())
     print(f"corpus: {directory} is made; tokens: {splits}")
@@ -104,7 +109,12 @@ def passes(steps: Mapping[str, Step]) -> list[dict[str, Step]]:
 
 
 def make_steps(
-    corpus: "TextCorpus", settings: Mapping[str, Any], root: Path, cache: Path, workers: int
+    corpus: "TextCorpus",
+    settings: Mapping[str, Any],
+    root: Path,
+    cache: Path,
+    workers: int,
+    executor: Executor,
 ) -> dict[str, Artifact]:
     """Every step, made or found made, by name."""
     done: dict[str, Artifact] = {}
@@ -132,7 +142,7 @@ def make_steps(
         tally = Tally(["source", "version", "licence", "home"])
         portrait = Portrait()
         pipeline = [*readers, usable, tally, portrait, writer(draft.path / "pieces")]
-        totals = execute(pipeline, draft.path / "logs", corpus.pieces, workers)
+        totals = execute(pipeline, draft.path / "logs", corpus.pieces, workers, executor)
         draft.metrics["steps"] = curated(["read"], totals[usable.name])
         draft.metrics["portrait"] = portrayed(totals[portrait.name])
         draft.metrics["passed_over"] = passed_over(totals)
@@ -151,10 +161,10 @@ def make_steps(
         for member in steps.values():
             if isinstance(member, CorpusStep):
                 survey.mkdir(exist_ok=True)
-                member.survey(Survey(pieces, survey, draft.path / "logs", workers))
+                member.survey(Survey(pieces, survey, draft.path / "logs", workers, executor))
         judge = Curate(steps, survey, draft.path / "quarantine")
         pipeline = [PieceReader(pieces), judge, writer(draft.path / "pieces")]
-        totals = execute(pipeline, draft.path / "logs" / "judge", corpus.pieces, workers)
+        totals = execute(pipeline, draft.path / "logs" / "judge", corpus.pieces, workers, executor)
         draft.metrics["steps"] = curated(list(steps), totals[judge.name])
 
     def split(draft: Draft, before: str) -> None:
@@ -164,7 +174,7 @@ def make_steps(
         pieces = pieces_of(path(before) / "pieces", corpus.pieces)
         draft.metrics["steps"] = []
         draft.metrics["splits"], draft.metrics["portrait"] = splitting.split(
-            pieces, draft.path, corpus.validation, corpus.test, workers
+            pieces, draft.path, corpus.validation, corpus.test, workers, executor
         )
         if "train" not in draft.metrics["splits"]:
             raise CorpusError(
@@ -192,7 +202,7 @@ def make_steps(
 
         pieces = {name: pieces_of(path("split") / name, corpus.pieces) for name in SPLITS}
         used = Tokenizer.load(path("tokenizer"))
-        dropped, kept, sizes = write_shards(pieces, draft.path, path("tokenizer"), workers)
+        dropped, kept, sizes = write_shards(pieces, draft.path, path("tokenizer"), workers, executor)
         counts_V = np.zeros(used.vocabulary, np.int64)
         splits = {}
         for name in SPLITS:

@@ -1,6 +1,5 @@
 """`corpus=text`: raw text to token shards. The settings; the work is in build.py."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from conf.errors import Problem
 from conf.registry import register
 from data_pipeline.config import DataSet, PipelineConfig
 from data_pipeline.corpus.build import build
+from data_pipeline.executors.base import Executor
+from data_pipeline.executors.local import LOCAL
 from data_pipeline.steps.base import Step
 from data_pipeline.templates import NAMES, special_tokens, template_problems
 from data_pipeline.tokenizer import BYTES, SPECIALS, TRAINERS
@@ -97,5 +98,6 @@ class TextCorpus(DataSet):
         return found
 
     def run(self, config: PipelineConfig, resolved: dict[str, Any]) -> int:
-        build(self, Path(config.run_dir), Path(config.cache), config.workers or len(os.sched_getaffinity(0)))
+        executor: Executor = config.executor or LOCAL
+        build(self, Path(config.run_dir), Path(config.cache), executor.at_once(config.workers), executor)
         return 0

@@ -4,78 +4,66 @@ The number of pieces is part of the recipe and the number of processes is not, s
 """
 
 import contextlib
+import fcntl
 import io
 import json
-import os
-import signal
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import multiprocess
-import multiprocess.connection
 import orjson
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers.jsonl import JsonlWriter
-from datatrove.utils.stats import PipelineStats
 from loguru import logger
 
+from data_pipeline.executors.base import Executor
+from data_pipeline.executors.local import LOCAL
+
 ENDING = ".jsonl.zst"
-MODULES = ("readers.reading", "engine.chain", "engine.splitting", "engine.tokenising", "config")
-"""Imported once, by the process that workers are forked from."""
 
 
-class Executor(LocalPipelineExecutor):
-    """datatrove's executor with two differences: its logs go to files only, and no process outlives the one that
-    started it. datatrove's own `run` keeps a manager process, which a SIGKILL of its parent would leave behind, and
-    workers that would go on writing the pieces that a restarted run writes too."""
+class Job(LocalPipelineExecutor):
+    """datatrove's way through a piece. Its logs go to files only, and a piece has one writer at a time: a process that
+    outlives a killed run, on this machine or another, is waited for."""
 
-    def run(self) -> None:
-        logger.remove()
-        incomplete = self.get_incomplete_ranks()
-        if self.workers == 1 or len(incomplete) < 2:
-            for rank in incomplete:
-                deepcopy(self)._run_for_rank(rank)
-            return
-        context = multiprocess.get_context("forkserver")
-        context.set_forkserver_preload([f"data_pipeline.{name}" for name in MODULES])
-        with context.Pool(min(self.workers, len(incomplete)), initializer=_end_with_parent) as pool:
-            for _ in pool.imap_unordered(self._run_for_rank, incomplete):
-                pass
+    def __init__(self, pipeline: list[PipelineStep], logs: Path, tasks: int):
+        super().__init__(pipeline, tasks, logging_dir=str(logs))
+        self.directory = logs
 
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
-        with contextlib.redirect_stderr(io.StringIO()):
-            return super()._run_for_rank(rank, local_rank, node_rank)
+    def complete(self, piece: int) -> bool:
+        return self.is_rank_completed(piece)
+
+    def do(self, piece: int) -> None:
+        locks = self.directory / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with open(locks / f"{piece:05d}", "w") as lock, contextlib.redirect_stderr(io.StringIO()):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            deepcopy(self)._run_for_rank(piece)
 
 
-def _end_with_parent() -> None:
-    """In a worker: die as soon as the process that handed out the work is gone."""
-
-    def watch() -> None:
-        multiprocess.connection.wait([multiprocess.parent_process().sentinel])
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def execute(pipeline: list[PipelineStep], logs: Path, tasks: int, workers: int) -> dict[str, Counter[str]]:
+def execute(
+    pipeline: list[PipelineStep], logs: Path, tasks: int, workers: int, executor: Executor = LOCAL
+) -> dict[str, Counter[str]]:
     """Run a pipeline, leaving out the tasks that an earlier, cut run has completed.
 
     Args:
         pipeline: datatrove steps.
         logs: directory for logs, statistics and marks of completed tasks.
         tasks: pieces of the work.
-        workers: processes.
+        workers: most tasks at the same time.
+        executor: where they run.
 
     Returns:
         Step name -> label -> total over all tasks, those of earlier runs included.
     """
-    Executor(pipeline, tasks=tasks, workers=min(workers, tasks), logging_dir=str(logs)).run()
+    logger.remove()
+    job = Job(pipeline, logs, tasks)
+    if lacking := job.get_incomplete_ranks():
+        executor.run(job, lacking, min(workers, len(lacking)))
     totals: dict[str, Counter[str]] = {}
     for rank in range(tasks):
         for step in json.loads((logs / "stats" / f"{rank:05d}.json").read_text()):

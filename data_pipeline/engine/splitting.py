@@ -10,6 +10,8 @@ from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.engine.pieces import ENDING, PieceReader, Tally, execute, tallied, writer
 from data_pipeline.engine.portrait import Portrait, portrayed
+from data_pipeline.executors.base import Executor
+from data_pipeline.executors.local import LOCAL
 
 
 class AssignSplit(PipelineStep):
@@ -47,7 +49,7 @@ def position(text: str) -> float:
 
 
 def split(
-    pieces: Sequence[Path], directory: Path, validation: float, test: float, workers: int
+    pieces: Sequence[Path], directory: Path, validation: float, test: float, workers: int, executor: Executor = LOCAL
 ) -> tuple[dict[str, dict[str, int]], dict[str, Any]]:
     """Write the documents by split to `<directory>/<split>/<piece>`.
 
@@ -56,7 +58,8 @@ def split(
         directory: gets a directory per split.
         validation: share of validation documents.
         test: share of test documents.
-        workers: processes.
+        workers: most tasks at the same time.
+        executor: where they run.
 
     Returns:
         Split -> {"documents", "bytes"}, and the portrait of all documents.
@@ -64,6 +67,6 @@ def split(
     tally, portrait = Tally(["split"]), Portrait()
     by_split = writer(directory, "${split}/${rank}" + ENDING)
     pipeline = [PieceReader(pieces), AssignSplit(validation, test), tally, portrait, by_split]
-    totals = execute(pipeline, directory / "logs", len(pieces), workers)
+    totals = execute(pipeline, directory / "logs", len(pieces), workers, executor)
     splits = {name: counts for (name,), counts in tallied(totals[tally.name]).items()}
     return splits, portrayed(totals[portrait.name])

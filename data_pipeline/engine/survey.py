@@ -8,6 +8,8 @@ from pathlib import Path
 from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.engine.pieces import PieceReader, execute
+from data_pipeline.executors.base import Executor
+from data_pipeline.executors.local import LOCAL
 
 
 @dataclass(frozen=True)
@@ -18,13 +20,15 @@ class Survey:
         pieces: files of documents.
         directory: for what is found; what a killed run left there is found again.
         logs: for datatrove's logs and marks of completed tasks.
-        workers: processes; the result must not depend on it.
+        workers: most tasks at the same time; the result must not depend on it.
+        executor: where they run.
     """
 
     pieces: Sequence[Path]
     directory: Path
     logs: Path
     workers: int
+    executor: Executor = LOCAL
 
     def reader(self) -> PieceReader:
         """Reads piece r in task r."""
@@ -41,4 +45,4 @@ class Survey:
         Returns:
             Step name -> label -> total.
         """
-        return execute(pipeline, self.logs / name, tasks or len(self.pieces), self.workers)
+        return execute(pipeline, self.logs / name, tasks or len(self.pieces), self.workers, self.executor)

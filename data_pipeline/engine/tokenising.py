@@ -14,6 +14,8 @@ from data_pipeline.engine.chain import labelled
 from data_pipeline.engine.documents import ListDocuments
 from data_pipeline.engine.pieces import ENDING, PieceReader, execute, quarantine, read_piece
 from data_pipeline.engine.splitting import position
+from data_pipeline.executors.base import Executor
+from data_pipeline.executors.local import LOCAL
 from data_pipeline.shards import ShardWriter, merge
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer_report import GROUP, Sizes
@@ -87,7 +89,11 @@ class WriteTokens(PipelineStep):
 
 
 def write_shards(
-    pieces: Mapping[str, Sequence[Path]], directory: Path, tokenizer: Path, workers: int
+    pieces: Mapping[str, Sequence[Path]],
+    directory: Path,
+    tokenizer: Path,
+    workers: int,
+    executor: Executor = LOCAL,
 ) -> tuple[dict[str, int], dict[str, int], dict[tuple[str, ...], Sizes]]:
     """Tokenise every split into `<directory>/<split>.bin`, `.idx`, and list its documents beside it.
 
@@ -95,7 +101,8 @@ def write_shards(
         pieces: split -> files of documents.
         directory: of the shards.
         tokenizer: its directory.
-        workers: processes.
+        workers: most tasks at the same time.
+        executor: where they run.
 
     Returns:
         Dropped documents by reason, kept ones by what became of them, and sizes by the values of GROUP.
@@ -104,7 +111,7 @@ def write_shards(
     parts = directory / "parts"
     step = WriteTokens(parts, tokenizer, directory / "quarantine")
     listing = ListDocuments(parts, [number for its_files in pieces.values() for number in range(len(its_files))])
-    totals = execute([PieceReader(files), step, listing], directory / "logs", len(files), workers)[step.name]
+    totals = execute([PieceReader(files), step, listing], directory / "logs", len(files), workers, executor)[step.name]
     written = iter([parts / f"{rank:05d}" for rank in range(len(files))])
     for split, its_files in pieces.items():
         its_parts = [next(written) for _ in its_files]

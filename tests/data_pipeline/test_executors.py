@@ -14,7 +14,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.engine.pieces import PieceReader, execute, pieces_of, writer
 from data_pipeline.engine.tokenising import write_shards
-from data_pipeline.executors.base import DiskFullError, Executor, PieceError
+from data_pipeline.executors.base import Executor, PieceError
 from data_pipeline.executors.local import Local
 from data_pipeline.executors.ray import Ray
 from data_pipeline.executors.slurm import Slurm

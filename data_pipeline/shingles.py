@@ -7,6 +7,7 @@ between white space by itself, so each different chunk of a corpus is simplified
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import accumulate
 
 import numpy as np
 
@@ -59,10 +60,8 @@ def simplified_words(numbers: bool = True) -> Words:
 
 def joined(words: Sequence[bytes], n: int) -> list[bytes]:
     """Every run of n words, joined by blanks."""
-    text = b" ".join(words)
-    ends = np.cumsum(np.fromiter(map(len, words), dtype=np.int64, count=len(words)) + 1)
-    starts = ends - np.fromiter(map(len, words), dtype=np.int64, count=len(words)) - 1
-    return [text[start:end] for start, end in zip(starts.tolist(), (ends[n - 1 :] - 1).tolist(), strict=False)]
+    text, starts = b" ".join(words), [0, *accumulate(len(word) + 1 for word in words)]
+    return [text[start : end - 1] for start, end in zip(starts, starts[n:], strict=False)]
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,6 @@ class MinHash:
         if len(words) < self.n:
             return None
         hashes = np.fromiter(map(xxh64_intdigest, joined(words, self.n)), dtype=np.uint64)
-        hashes = np.unique(hashes)
         a, b = self.parameters
         lowest = np.full(len(a), np.iinfo(np.uint64).max, dtype=np.uint64)
         for start in range(0, len(hashes), BLOCK):

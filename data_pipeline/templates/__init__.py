@@ -1,7 +1,7 @@
 """Chat templates of our own writing, by name: each marks with `{% generation %}` what the assistant says, and shows the
 declared tools and the calls. `docs/post_training_data.md` says how each renders them.
 
-transformers and vLLM know the mark and take it away when they render.
+transformers, and what renders through it, takes the marks away.
 """
 
 import logging

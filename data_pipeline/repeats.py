@@ -1,7 +1,13 @@
-"""Examples that are there twice, whose prompts are nearly the same, or that hold what a model is tested on."""
+"""Examples that are there twice, whose prompts are nearly the same, or that hold what a model is tested on.
 
+Shape suffixes: P prompts, B bands of a signature.
+"""
+
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from data_pipeline.artifact import fingerprint
 from data_pipeline.evaluation_sets import Item, read_set, set_name
@@ -56,34 +62,44 @@ def near_duplicates(examples: Sequence[Example], similarity: float) -> dict[int,
             those that MinHash finds are compared exactly.
     """
     words = simplified_words(numbers=False)
-    kept: list[tuple[frozenset[bytes], str]] = []
-    buckets: dict[tuple[int, bytes], list[int]] = {}
-    judged: dict[str, Drop | None] = {}
-    drops = {}
+    places: dict[str, str] = {}
     for number in _held_out_first(examples):
-        example = examples[number]
-        prompt = example.prompt
-        if prompt not in judged:
-            own = words.of(prompt)
-            bands = list(enumerate(SIGNATURE.digests(own)))
-            shingles = frozenset(joined(own, SIGNATURE.n))
-            candidates = sorted({other for band in bands for other in buckets.get(band, [])})
-            near = ((place, _jaccard(shingles, other)) for other, place in (kept[c] for c in candidates))
-            judged[prompt] = next(
-                (
-                    Drop("near_duplicate", f"the prompt is that of {place} by {shared:.2f}")
-                    for place, shared in near
-                    if shared >= similarity
-                ),
-                None,
-            )
-            if judged[prompt] is None and bands:
-                for band in bands:
-                    buckets.setdefault(band, []).append(len(kept))
-                kept.append((shingles, example.place))
-        if (drop := judged[prompt]) is not None:
-            drops[number] = drop
-    return drops
+        places.setdefault(examples[number].prompt, examples[number].place)
+    prompts = list(places)
+    signatures = [b"".join(band[:8] for band in SIGNATURE.digests(words.of(prompt))) for prompt in prompts]
+    groups_PB = _groups(signatures)
+    kept: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    shingles: dict[int, frozenset[bytes]] = {}
+    near: dict[str, Drop] = {}
+    for number in np.flatnonzero((groups_PB >= 0).any(1)).tolist():
+        own = [(band, group) for band, group in enumerate(groups_PB[number].tolist()) if group >= 0]
+        shingles[number] = frozenset(joined(words.of(prompts[number]), SIGNATURE.n))
+        for other in sorted({other for band in own for other in kept[band]}):
+            shared = _jaccard(shingles[number], shingles[other])
+            if shared >= similarity:
+                fault = f"the prompt is that of {places[prompts[other]]} by {shared:.2f}"
+                near[prompts[number]] = Drop("near_duplicate", fault)
+                del shingles[number]
+                break
+        else:
+            for band in own:
+                kept[band].append(number)
+    return {number: near[example.prompt] for number, example in enumerate(examples) if example.prompt in near}
+
+
+def _groups(signatures: Sequence[bytes]) -> np.ndarray:
+    """For each prompt and band the number of the group of prompts that have this band alike; -1 where it is alone.
+
+    Args:
+        signatures: 8 bytes of each band; empty for a prompt of too few words.
+    """
+    groups_PB = np.full((len(signatures), SIGNATURE.bands), -1)
+    long_enough = [number for number, signature in enumerate(signatures) if signature]
+    hashes = np.frombuffer(b"".join(signatures), dtype=np.uint64).reshape(-1, SIGNATURE.bands)
+    for band in range(SIGNATURE.bands):
+        _, group, count = np.unique(hashes[:, band], return_inverse=True, return_counts=True)
+        groups_PB[long_enough, band] = np.where(count[group] > 1, group, -1)
+    return groups_PB
 
 
 def _held_out_first(examples: Sequence[Example]) -> list[int]:

@@ -5,7 +5,7 @@ went through the steps. Rows are in groups of fixed size, so document n is found
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.card import bins
+from data_pipeline.engine.pieces import MOST_NAMES, VARIOUS
 from data_pipeline.shards import Shard
 
 ENDING = ".documents.parquet"
@@ -158,5 +159,17 @@ def contents(directory: Path, splits: Sequence[str]) -> dict[str, Any]:
             for length in shard.lengths_D[begin : begin + GROUP].tolist():
                 place = str(bins.of_length(length))
                 lengths[split][place] = lengths[split].get(place, 0) + 1
-    listed = [{"source": name, "licence": licence, "splits": counts} for (name, licence), counts in tokens.items()]
+    listed = [
+        {"source": name, "licence": licence, "splits": counts} for (name, licence), counts in bounded(tokens).items()
+    ]
     return {"tokens": sorted(listed, key=lambda entry: (entry["source"], entry["licence"])), "lengths": lengths}
+
+
+def bounded(tokens: Mapping[tuple[str, str], dict[str, int]]) -> dict[tuple[str, str], dict[str, int]]:
+    """The `MOST_NAMES` with most tokens, the licences of the others of a source being `VARIOUS`."""
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    for rank, (source, licence) in enumerate(sorted(tokens, key=lambda name: (-sum(tokens[name].values()), name))):
+        total = found.setdefault((source, licence if rank < MOST_NAMES else VARIOUS), {})
+        for split, count in tokens[source, licence].items():
+            total[split] = total.get(split, 0) + count
+    return found

@@ -24,6 +24,8 @@ from data_pipeline.executors.base import Executor
 from data_pipeline.executors.local import LOCAL
 
 ENDING = ".jsonl.zst"
+MOST_NAMES = 1000
+VARIOUS = "various"
 
 
 class Job(LocalPipelineExecutor):
@@ -113,6 +115,9 @@ def read_records(file: Path) -> Iterator[dict[str, Any]]:
 class Tally(PipelineStep):
     """Counts documents and bytes under names made of their metadata.
 
+    Names beyond the first `MOST_NAMES` of a piece are counted under their first part alone, the others being `VARIOUS`:
+    documents may bring any licence of their own.
+
     Args:
         keys: metadata keys whose values, joined by a tab, are the name.
     """
@@ -125,11 +130,19 @@ class Tally(PipelineStep):
         self.keys = keys
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        documents: Counter[str] = Counter()
+        sizes: Counter[str] = Counter()
         for doc in data:
-            name = "\t".join(doc.metadata[key] for key in self.keys)
-            self.stat_update(f"documents\t{name}")
-            self.stat_update(f"bytes\t{name}", value=len(doc.text.encode()))
+            values = [str(doc.metadata[key]).replace("\t", " ") for key in self.keys]
+            name = "\t".join(values)
+            if name not in documents and len(documents) >= MOST_NAMES:
+                name = "\t".join([values[0], *[VARIOUS] * (len(values) - 1)])
+            documents[name] += 1
+            sizes[name] += len(doc.text.encode())
             yield doc
+        for name, count in documents.items():
+            self.stat_update(f"documents\t{name}", value=count)
+            self.stat_update(f"bytes\t{name}", value=sizes[name])
 
 
 def tallied(totals: Counter[str]) -> dict[tuple[str, ...], dict[str, int]]:

@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 from data_pipeline.card import bins, contents, sankey
 from data_pipeline.card.page import PAGE, render
 from data_pipeline.card.samples import LENGTH, Pair, dropped, excerpt, kept, pairs
+from data_pipeline.engine import documents as engine_documents
+from data_pipeline.engine import pieces as engine_pieces
 from data_pipeline.engine import portrait
 from data_pipeline.engine.documents import all_rows
+from data_pipeline.engine.pieces import VARIOUS, Tally, tallied
 from data_pipeline.engine.portrait import OTHER, Portrait, portrayed
 from data_pipeline.shards import Shard
 from tests.data_pipeline import cards
@@ -231,6 +234,23 @@ def test_labels_of_any_number_are_counted_in_bounded_memory(monkeypatch):
     documents = [Document("text", str(n), metadata={"kind": "prose", "language": str(n)}) for n in range(10)]
     assert len(list(step.run(iter(documents)))) == 10
     assert portrayed(totals)["language"] == {"0": 1, "1": 1, "2": 1, OTHER: 7}
+
+
+def test_licences_of_any_number_are_counted_in_bounded_memory(monkeypatch):
+    monkeypatch.setattr(engine_pieces, "MOST_NAMES", 3)
+    step, totals = Tally(["source", "licence"]), Counter()
+    step.stat_update = lambda label, value: totals.update({label: value})
+    documents = [Document("text", str(n), metadata={"source": "s", "licence": str(n)}) for n in range(10)]
+    assert len(list(step.run(iter(documents)))) == 10
+    counted = {name: counts["documents"] for name, counts in tallied(totals).items()}
+    assert counted == {("s", "0"): 1, ("s", "1"): 1, ("s", "2"): 1, ("s", VARIOUS): 7}
+    monkeypatch.setattr(engine_documents, "MOST_NAMES", 2)
+    tokens = {("s", str(n)): {"train": n} for n in range(5)}
+    assert engine_documents.bounded(tokens) == {
+        ("s", "4"): {"train": 4},
+        ("s", "3"): {"train": 3},
+        ("s", VARIOUS): {"train": 3},
+    }
 
 
 def pieces(directory: Path, *records: dict) -> list[Path]:

@@ -61,8 +61,8 @@ class Span:
     """Part of a sample: tokens of one document that stand together in it.
 
     Args:
-        source: where the document is: the stem of a shard.
-        document: its number there.
+        source: where the document is: the stem of a shard, or a file of records.
+        document: its number there, from 0.
         begin: the first of its tokens that is read, from 0.
         end: the first that is not; it is predicted where the document has it.
     """
@@ -86,7 +86,7 @@ class Samples(Protocol):
 
 
 class Texts(Samples, Protocol):
-    """Samples that are parts of documents."""
+    """Samples that tell which documents they are made of."""
 
     def spans(self, index: int) -> list[Span]:
         """What a sample holds, in order."""

@@ -265,10 +265,11 @@ class ChatData:
         samples = self.fitting(conversations, str(file))
         made_with = [tokenizer.fingerprint, tokenizer.chat_template]
         parts = ["chat", sha256_of(file), *made_with, self.sequence_length, self.overlong, seed]
-        return Packed(samples, self.sequence_length, seed, tokenizer.pad, fingerprint(parts))
+        name = fingerprint(parts)
+        return Packed(list(samples.values()), self.sequence_length, seed, tokenizer.pad, name, str(file), list(samples))
 
-    def fitting(self, conversations: Sequence[Conversation], source: str) -> list[tuple[list[int], list[int]]]:
-        """Input tokens and labels of the conversations, each within `sequence_length`.
+    def fitting(self, conversations: Sequence[Conversation], source: str) -> dict[int, tuple[list[int], list[int]]]:
+        """Input tokens and labels of the conversations by their number, each within `sequence_length`.
 
         Args:
             conversations: each has something learned.
@@ -283,15 +284,15 @@ class ChatData:
                 f"{source}: {len(silent)} conversations have no token to learn, the first in line {silent[0]}: the "
                 "chat template renders nothing of what the assistant says. Mend its {% generation %} marks."
             )
-        samples, cut, dropped = [], 0, 0
-        for conversation in conversations:
+        samples, cut, dropped = {}, 0, 0
+        for number, conversation in enumerate(conversations):
             tokens, labels = conversation.inputs_and_labels(len(conversation.tokens))
             if len(labels) > self.sequence_length:
                 limit = self.sequence_length if self.overlong == "truncate" else 0
                 tokens, labels = conversation.inputs_and_labels(limit)
                 cut, dropped = cut + bool(labels), dropped + (not labels)
             if labels:
-                samples.append((tokens, labels))
+                samples[number] = tokens, labels
         counts = f"of {len(conversations)} conversations {cut} were cut to data.sequence_length={self.sequence_length}"
         if not samples:
             raise EmptySetError(f"{source}: {counts} and {dropped} dropped; none is left. Make it larger.")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from data_pipeline.batch import IGNORED, MicroBatch
+from data_pipeline.batch import IGNORED, MicroBatch, Span
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
@@ -59,6 +59,8 @@ class Packed:
         seed: of the packing.
         pad: id that fills a window up.
         fingerprint: names this set of samples.
+        source: file of the records that the sequences were made of.
+        records: number of each sequence's record there, from 0.
     """
 
     def __init__(
@@ -68,10 +70,13 @@ class Packed:
         seed: int,
         pad: int,
         fingerprint: str,
+        source: str = "",
+        records: Sequence[int] = (),
     ):
         self.sequence_length = sequence_length
         self.pad = pad
         self.fingerprint = fingerprint
+        self._source, self._records = source, records
         lengths = [len(labels) for _, labels in sequences]
         self._windows = best_fit_decreasing(lengths, sequence_length, seed)
         self._ends = np.cumsum(lengths)
@@ -80,6 +85,15 @@ class Packed:
 
     def __len__(self) -> int:
         return len(self._windows)
+
+    def spans(self, index: int) -> list[Span]:
+        """The records of a window, in order; they are read from their beginning."""
+        members = self._windows[index] if self._source else []
+        lengths = [int(self._ends[member] - (self._ends[member - 1] if member else 0)) for member in members]
+        return [
+            Span(self._source, self._records[member], 0, length)
+            for member, length in zip(members, lengths, strict=True)
+        ]
 
     def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
         shape = (len(indices), self.sequence_length)

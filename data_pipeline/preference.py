@@ -14,7 +14,7 @@ import torch
 from conf.errors import Problem
 from conf.registry import register
 from data_pipeline.artifact import fingerprint, sha256_of
-from data_pipeline.batch import IGNORED, PreferenceBatch
+from data_pipeline.batch import IGNORED, PreferenceBatch, Span
 from data_pipeline.chat import Conversation, declared_faults, encode, record_problems
 from data_pipeline.records import EmptySetError, message_faults, read_records, without_assistant
 from data_pipeline.templates import with_template
@@ -127,8 +127,10 @@ class PreferencePairs:
         self.pad = pad
         self.fingerprint = fingerprint
         self.counts = {"pairs": 0, "truncated": 0, "dropped": 0}
+        self._source = source
+        self._records: list[int] = []
         self._pairs: list[list[tuple[list[int], list[int]]]] = []
-        for pair in pairs:
+        for number, pair in enumerate(pairs):
             sides = [side.inputs_and_labels(len(side.tokens)) for side in pair]
             if any(len(labels) > sequence_length for _, labels in sides):
                 limit = sequence_length if overlong == "truncate" else 0
@@ -141,6 +143,7 @@ class PreferencePairs:
                 self.counts["dropped"] += not usable
             if usable:
                 self._pairs.append(sides)
+                self._records.append(number)
         self.counts["pairs"] = len(self._pairs)
         if not self._pairs:
             raise EmptySetError(
@@ -159,6 +162,11 @@ class PreferencePairs:
 
     def __len__(self) -> int:
         return len(self._pairs)
+
+    def spans(self, index: int) -> list[Span]:
+        """The record of a pair; both answers are read from their beginning."""
+        longest = max(len(labels) for _, labels in self._pairs[index])
+        return [Span(self._source, self._records[index], 0, longest)]
 
     def micro_batch(self, indices: Sequence[int]) -> PreferenceBatch:
         """Reference log-probabilities are nan until the objective has set the samples up."""

@@ -1,5 +1,6 @@
 """From documents to samples and back: what is shown is what the steps and the runs do."""
 
+import re
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from data_pipeline.engine.pieces import read_records
 from data_pipeline.loader import Loader
 from data_pipeline.shards import Shard
 from data_pipeline.tokenizer import Tokenizer
+from tests.data_pipeline.chats import CONVERSATION, tokenizer, write_jsonl
 from tests.data_pipeline.test_corpus import made, texts  # noqa: F401  a fixture
 from tools.inspect import show
 from tools.inspect.__main__ import InspectConfig, main, only
@@ -58,7 +60,7 @@ def documents(corpus: Corpus, split: str = "train") -> list[dict]:
 
 
 def test_every_document_is_followed_to_where_it_ended(corpus):
-    tokenizer = Tokenizer.load(corpus.path / "tokenizer")
+    own = Tokenizer.load(corpus.path / "tokenizer")
     steps = [step["name"] for step in corpus.artifact.metrics["steps"]]
     for split in corpus.splits:
         shard = Shard(corpus.path / "shards" / split)
@@ -67,7 +69,7 @@ def test_every_document_is_followed_to_where_it_ended(corpus):
             assert (way.split, way.number, way.tokens) == (split, number, len(shard.document(number)))
             assert [place.step for place in way.places] == steps[:-1] and not way.dropped
             tokens = shard.tokens_T[way.begin : way.begin + way.tokens - 1]
-            assert tokenizer.decode(tokens.tolist()) == record["text"] == way.text
+            assert own.decode(tokens.tolist()) == record["text"] == way.text
     for step in corpus.artifact.metrics["steps"]:
         for file in corpus.quarantine(step["name"]):
             for record in read_records(file):
@@ -176,6 +178,31 @@ def test_a_sample_of_a_mixture_names_its_corpus(corpus, tmp_path):
     stem = corpus.path / "shards" / "train"
     holders = [k for k in range(run.steps * run.global_batch) if any(s.document == 3 for s in run.origin(k).spans)]
     assert sorted(set(run.seen(stem, 3))) == holders
+
+
+def test_a_sample_of_conversations_names_the_lines_they_stand_in(tmp_path, capsys):
+    long = [{"role": "user", "content": "fox " * 200}, {"role": "assistant", "content": "dog"}]
+    records = [{"messages": long if number == 2 else CONVERSATION[: 3 + 2 * (number % 2)]} for number in range(12)]
+    write_jsonl(tmp_path / "chats/train.jsonl", records)
+    tokenizer().save(tmp_path / "chats/tokenizer")
+    settings = [f"data.path={tmp_path / 'chats'}", "data.sequence_length=128", "data.overlong=drop", "init_from=x"]
+    run = run_of(tmp_path / "run", "stage=sft", *settings)
+    seen = [run.part(span).id for k in range(len(run.samples)) for span in run.origin(k).spans]
+    assert sorted(seen) == sorted(f"{tmp_path}/chats/train.jsonl:{line}" for line in range(1, 13) if line != 3)
+    show.sample(run, 0)
+    out = capsys.readouterr().out
+    assert "train.jsonl:" in out and "⟦<|im_start|>" in out
+
+
+def test_a_preference_shows_both_answers(tmp_path, capsys):
+    prompt, chosen = CONVERSATION[:2], CONVERSATION[2:3]
+    pairs = [{"prompt": prompt, "chosen": chosen, "rejected": [{"role": "assistant", "content": "No."}]}] * 3
+    write_jsonl(tmp_path / "chats/preferences_train.jsonl", pairs)
+    tokenizer().save(tmp_path / "chats/tokenizer")
+    show.sample(run_of(tmp_path / "run", "stage=dpo", f"data.path={tmp_path / 'chats'}", "init_from=x"), 1)
+    out = capsys.readouterr().out
+    assert out.count("preferences_train.jsonl:") == 2
+    assert re.search(r"(?s)chosen:.*quick\..*→'<\|im_end\|>'.*rejected:.*No\.→'<\|im_end\|>'", out.replace("·", ""))
 
 
 def test_what_is_ignored_and_what_is_predicted_is_told():

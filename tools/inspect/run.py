@@ -36,10 +36,10 @@ class Part:
 
     Args:
         span: its tokens.
-        id: of the document; empty where the corpus does not list its documents.
+        id: of the document: that of a corpus that lists its documents, or file and line of a record; else empty.
         source: where it comes from.
         licence: of the source.
-        length: tokens of the whole document.
+        length: tokens of the whole document; 0 where it is a record.
     """
 
     span: Span
@@ -121,6 +121,8 @@ class Run:
         from data_pipeline.engine.documents import row_of
 
         stem = Path(span.source)
+        if stem.suffix == ".jsonl":
+            return Part(span, f"{stem}:{span.document + 1}", "", "", 0)
         length = int(Shard(stem).lengths_D[span.document])
         row = row_of(stem, span.document) or ("", "", "")
         return Part(span, row[0], row[1], row[2], length)

@@ -169,7 +169,7 @@ def border(parts: Sequence[Part], begin: int, end: int) -> str:
         length = part.span.end - part.span.begin
         if begin < length:
             first = part.span.begin + begin
-            where = f"tokens {first:,} to {first + end - begin - 1:,} of {part.length:,}"
+            where = f"tokens {first:,} to {first + end - begin - 1:,}" + (f" of {part.length:,}" if part.length else "")
             return "── " + ", ".join(word for word in (named(part), part.source, part.licence, where) if word)
         begin, end = begin - length, end - length
     return f"── {end - begin:,} tokens"
@@ -185,7 +185,7 @@ def drawn(tokenizer: "Tokenizer", tokens: Sequence[Token], coloured: bool) -> "R
     for place, token in enumerate(tokens):
         shown = (stream.step(tokenizer.backend, token.id) or "").replace("\n", "↵\n")
         if token.predicts is not None:
-            shown += f"→{tokenizer.decode([token.predicts])!r}"
+            shown += f"→{tokenizer.backend.decode([token.predicts], skip_special_tokens=False)!r}"
         if coloured:
             style = f"{BACKGROUNDS[place % 2]}{'' if token.learned else ' ' + IGNORED_STYLE}"
             text.append(shown, style=style)

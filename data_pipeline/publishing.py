@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.artifact import Draft, finished, locked, withdraw
+from data_pipeline.card import chats as card
+from data_pipeline.card.page import PAGE
 from data_pipeline.examples import PREFIXES, SPLITS, Example, Ledger, split
 from data_pipeline.formats.base import Record
 from data_pipeline.records import KIND, EmptySetError, write_records
@@ -53,7 +55,8 @@ def published(directory: Path, recipe: dict[str, Any], make: Callable[[Ledger], 
         (directory / QUARANTINE).parent.mkdir(exist_ok=True)
         write_records(directory / QUARANTINE, ledger.quarantine)
         draft.metrics = {"records": counts, "steps": ledger.steps, **ledger.findings}
-        artifact = draft.publish(*(f"{stem}.jsonl" for stem in counts), QUARANTINE)
+        card.write(directory, draft.metrics, recipe, made, ledger.quarantine)
+        artifact = draft.publish(*(f"{stem}.jsonl" for stem in counts), QUARANTINE, PAGE)
     total = ", ".join(f"{name} {number:,}" for name, number in counts.items())
     print(f"{directory} is done: {KIND} {artifact.id}, records: {total}", flush=True)
     if ledger.quarantine:

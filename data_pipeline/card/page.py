@@ -1,5 +1,6 @@
 """The page: sections put into the template. Every text of a corpus is escaped; the page loads nothing from anywhere."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,20 +62,13 @@ def render(
         kept: documents to show.
         pairs: copies and what they are copies of.
     """
-    import yaml
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {name: getattr(figures, name) for name in ("number", "size", "share", "percent")}
-    environment.filters["tables"] = contents.tables
     chosen = {name: (values, state) for name, _, values, state in settings["steps"]}
     steps = contents.steps(metrics["steps"], topics, chosen, dropped)
     sources = contents.sources(metrics)
     others = {key: value for key, value in settings.items() if key not in ("steps", "sources")}
-    page = environment.get_template("page.html.jinja").render(
+    return drawn(
+        "page.html.jinja",
         title=contents.title(metrics, sources),
-        style=(HERE / "base.css").read_text() + (HERE / "card.css").read_text(),
-        shown=SHOWN,
         figures=contents.figures(metrics, steps),
         sources=sources,
         licences=contents.licences(sources),
@@ -90,6 +84,24 @@ def render(
         tokenizer=metrics.get("tokenizer", {}),
         fertility=contents.fertility(metrics),
         kept=kept,
-        settings=yaml.safe_dump(others, sort_keys=True, allow_unicode=True),
+        settings=yaml_of(others),
     )
+
+
+def drawn(template: str, **sections: Any) -> str:
+    """A page of one of the templates here."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {name: getattr(figures, name) for name in ("number", "size", "share", "percent")}
+    environment.filters["tables"] = contents.tables
+    style = (HERE / "base.css").read_text() + (HERE / "card.css").read_text()
+    page = environment.get_template(template).render(style=style, shown=SHOWN, **sections)
     return page.translate(PICTURES).encode(errors="replace").decode()
+
+
+def yaml_of(values: Mapping[str, Any]) -> str:
+    """As a person reads it; empty for nothing."""
+    import yaml
+
+    return yaml.safe_dump(json.loads(json.dumps(values, default=str)), allow_unicode=True) if values else ""

@@ -9,6 +9,8 @@ from typing import Any
 from conf.errors import Problem
 from conf.registry import register
 from data_pipeline.artifact import Draft, finished, locked, withdraw
+from data_pipeline.card import chats as card
+from data_pipeline.card.page import PAGE
 from data_pipeline.config import DataSet, PipelineConfig
 from data_pipeline.records import KIND, write_records
 from data_pipeline.tasks import GYM, TASKS, Exercise, unique
@@ -95,7 +97,8 @@ class Tasks(DataSet):
             draft.facts = {
                 "licence": "drawn by this program and by reasoning-gym (Apache-2.0); no text of others",
             }
-            artifact = draft.publish("*.jsonl")
+            card.write(directory, draft.metrics, recipe, made)
+            artifact = draft.publish("*.jsonl", PAGE)
         total = ", ".join(f"{name} {number:,}" for name, number in counts.items())
         print(f"{directory} is done: {KIND} {artifact.id}, records: {total}", flush=True)
         return 0

@@ -14,7 +14,7 @@ from datatrove.data import Document
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.card import bins, contents, sankey
+from data_pipeline.card import bins, chats, contents, sankey
 from data_pipeline.card.page import PAGE, render
 from data_pipeline.card.samples import LENGTH, Pair, dropped, excerpt, kept, pairs
 from data_pipeline.engine import documents as engine_documents
@@ -209,6 +209,19 @@ def test_bands_are_as_wide_as_their_numbers():
         for right, left in re.findall(r'class="drop" d="M([\d.]+) .*? ([\d.]+) [\d.]+Z"', str(svg))
     ]
     assert widths == pytest.approx([sankey.WIDTH / 2, sankey.WIDTH / 10], abs=0.11)
+
+
+def test_conversations_have_a_card_that_shows_what_is_said_and_nothing_personal(tmp_path):
+    said = [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": "Ask jane.doe@company.org."}]
+    records = {"train": [{"messages": said, "tools": [HOSTILE]}], "validation": [], "preferences_train": []}
+    quarantine = [{"step": "read", "reason": HOSTILE, "fault": "x" + HOSTILE, "beginning": HOSTILE}]
+    step = {"name": "read", "documents_in": 2, "documents_out": 1, "dropped": {HOSTILE: 1}, "counts": {HOSTILE: 2}}
+    metrics = {"records": {"train": 1, "validation": 0, "preferences_train": 0}, "steps": [step], HOSTILE: HOSTILE}
+    chats.write(tmp_path, metrics, {"format": HOSTILE}, records, quarantine)
+    page = Page((tmp_path / PAGE).read_text())
+    assert not set(page.tags) & {"script", "link", "img"} and page.tags["style"] == 1
+    assert "alert(1)" in page.text and "12831" not in page.text
+    assert "[email]" in page.text and "jane.doe" not in page.text and "assistant" in page.text
 
 
 # What is counted and shown

@@ -110,6 +110,7 @@ def test_the_artifact_is_made_once_and_again_when_a_setting_changes(make, tmp_pa
     first = Artifact.read(tmp_path / "tasks", kind="chat")
     first.verify()
     assert set(first.files) == {
+        "corpus.html",
         *(f"{split}.jsonl" for split in ("train", "validation", "test")),
         *(f"preferences_{split}.jsonl" for split in ("train", "validation")),
     }

@@ -241,7 +241,7 @@ def make_steps(
     if corpus.tokenizer:
         step("tokenizer", chosen("tokenizer", "chat_template"), (), tokenizer, "*.json", "*.jinja")
     else:
-        training = chosen("algorithm", "vocabulary", "tokenizer_bytes", "chat_template")
+        training = chosen("algorithm", "vocabulary", "tokenizer_bytes", "special_tokens", "chat_template")
         step("tokenizer", training, ("split",), tokenizer, "*.json", "*.jinja")
     step("shards", {}, ("split", "tokenizer"), shards, "*.bin", "*.idx", "*.parquet", "quarantine/*/*")
     return done

@@ -1,5 +1,6 @@
 """`corpus=text`: raw text to token shards. The settings; the work is in build.py."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class TextCorpus(DataSet):
             "wordpiece", which forgets white space and cannot express every character.
         vocabulary: ids of the tokenizer that is trained, special tokens included.
         tokenizer_bytes: most text that it is trained on, in bytes; a uniform sample of the train split.
+        special_tokens: further ones of the tokenizer that is trained, written <|name|>.
         chat_template: one of ours (chatml, llama3, plain, qwen) that goes with the tokenizer, whose special tokens one
             that is trained gets; empty takes chatml for that, and leaves a given one as it is.
         encodable: least share of the documents that the tokenizer must be able to express, in [0, 1].
@@ -50,6 +52,7 @@ class TextCorpus(DataSet):
     algorithm: str = "bpe"
     vocabulary: int = 32768
     tokenizer_bytes: int = 200_000_000
+    special_tokens: list[str] = field(default_factory=list)
     chat_template: str = ""
     encodable: float = 0.9
     pieces: int = 8
@@ -63,7 +66,7 @@ class TextCorpus(DataSet):
     def specials(self) -> list[str]:
         """Special tokens of the tokenizer that is trained."""
         wanted = special_tokens(self.chat_template) if self.chat_template in NAMES else []
-        return [*SPECIALS, *(token for token in wanted if token not in SPECIALS)]
+        return list(dict.fromkeys([*SPECIALS, *wanted, *self.special_tokens]))
 
     def problems(self, config: PipelineConfig, world_size: int) -> list[Problem]:
         found = []
@@ -84,6 +87,9 @@ class TextCorpus(DataSet):
                 found.append(Problem(f"corpus.{key}", getattr(self, key), "a share in [0, 1]"))
         if self.algorithm not in TRAINERS:
             found.append(Problem("corpus.algorithm", self.algorithm, f"one of {', '.join(TRAINERS)}"))
+        for token in self.special_tokens:
+            if not re.fullmatch(r"<\|\w+\|>", token):  # any other could be learnt, or written, as a word
+                found.append(Problem("corpus.special_tokens", token, "letters, digits and _ between <| and |>"))
         found += template_problems("corpus.chat_template", self.chat_template)
         least = BYTES + len(self.specials)
         if not self.tokenizer and self.vocabulary < least:

@@ -60,7 +60,7 @@ class Executor:
 def attempt(job: Job, piece: int) -> Exception | None:
     """Work on a piece; what went wrong is returned, in a form that can be sent to another process."""
     try:
-        with roomy(f"{job.directory.parent}, piece {piece}"):
+        with roomy(f"{job.directory}, piece {piece}"):
             job.do(piece)
     except Exception as error:  # noqa: BLE001  # it is raised again where the step was started
         if not isinstance(error, LongrunError):
@@ -102,6 +102,4 @@ def death(job: Job, piece: int, code: int) -> PieceError:
         if code == -signal.SIGKILL
         else ""
     )
-    return PieceError(
-        f"{job.directory.parent}: the process that worked on piece {piece} ended by {cause}.{hint} {GO_ON}"
-    )
+    return PieceError(f"{job.directory}: the process that worked on piece {piece} ended by {cause}.{hint} {GO_ON}")

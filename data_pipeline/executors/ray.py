@@ -77,7 +77,7 @@ class Ray(Executor):
             except RayError as lost:
                 cause = str(lost).strip().split("\n")[0]
                 failed = failed or PieceError(
-                    f"{job.directory.parent}: Ray lost the process that worked on piece {piece}: {cause} {GO_ON}"
+                    f"{job.directory}: Ray lost the process that worked on piece {piece}: {cause} {GO_ON}"
                 )
         if failed is not None:
             raise failed

@@ -83,7 +83,7 @@ class Slurm(Executor):
                 f"piece {piece}: {_state(f'{number}_{element}')}" for piece, element in list(lacking.items())[:3]
             )
             raise PieceError(
-                f"{logs.parent}: {len(lacking)} of {len(pieces)} pieces came to no end in Slurm job {number}: "
+                f"{logs}: {len(lacking)} of {len(pieces)} pieces came to no end in Slurm job {number}: "
                 f"{states}. Output is in {logs / OUTPUT}. After OUT_OF_MEMORY or signal 9 raise executor.memory_gb, "
                 f"after TIMEOUT executor.minutes; a disk that is full leaves no output. {GO_ON}"
             )

@@ -1,5 +1,6 @@
 """The corpus pipeline: every document accounted for, nothing done twice, a kill loses nothing."""
 
+import errno
 import io
 import json
 import multiprocessing
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from conf import entry
 from conf.errors import ConfigError, OccupiedError
+from data_pipeline import shards
 from data_pipeline.artifact import Artifact, Draft, LiveRunError, locked
 from data_pipeline.config import PipelineConfig
 from data_pipeline.corpus import build as building
@@ -27,6 +29,7 @@ from data_pipeline.corpus.build import CorpusError, account, build, check
 from data_pipeline.corpus.text import TextCorpus
 from data_pipeline.engine.pieces import read_piece
 from data_pipeline.engine.splitting import AssignSplit, position, split_of
+from data_pipeline.executors.base import DiskFullError
 from data_pipeline.page import Page
 from data_pipeline.readers import streams
 from data_pipeline.shards import ShardWriter
@@ -330,10 +333,12 @@ def test_what_the_tokenizer_cannot_express_is_in_quarantine(texts, tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["unigram", "wordpiece"])
 def test_other_tokenizers_are_trained_by_name(texts, tmp_path, algorithm):
-    corpus = made(texts, tmp_path / "corpus", algorithm=algorithm, vocabulary=600, encodable=0.5)
+    changes = {"algorithm": algorithm, "vocabulary": 600, "encodable": 0.5, "special_tokens": ["<|tool|>"]}
+    corpus = made(texts, tmp_path / "corpus", **changes)
     tokenizer = Tokenizer.load(corpus.path / "tokenizer")
     assert tokenizer.vocabulary == 600 and tokenizer.chat_template
     assert tokenizer.lossless == (algorithm == "unigram")
+    assert tokenizer.special("<|tool|>") in tokenizer.special_ids
     found = corpus.metrics["tokenizer"]
     assert found["all"]["tokens"] + found["all"]["documents"] == sum(
         counts["tokens"] for counts in corpus.metrics["splits"].values()
@@ -358,6 +363,21 @@ def test_an_artifact_of_another_kind_is_not_written_over(texts, tmp_path):
     with pytest.raises(OccupiedError, match="holds a finished 'sft'"):
         made(texts, tmp_path / "run")
     assert Artifact.read(tmp_path / "run").kind == "sft"
+
+
+@pytest.mark.parametrize("target", [shards, building.shutil])
+def test_a_disk_that_is_full_is_told_and_a_rerun_ends_the_same(corpus, texts, tmp_path, monkeypatch, target):
+    """While a piece is written; while the parts are put in place."""
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "_write_index" if target is shards else "copytree", full)
+        with pytest.raises(DiskFullError, match=r"no room is left.*run the same command again"):
+            made(texts, tmp_path / "corpus")
+    assert not (tmp_path / "corpus/manifest.json").exists()
+    assert made(texts, tmp_path / "corpus").id == corpus.id
 
 
 def test_a_corpus_without_a_training_document_is_refused(texts, tmp_path):
@@ -550,6 +570,9 @@ def test_all_problems_are_found_at_once(texts):
         validation=0.6,
         test=0.5,
         pieces=0,
+        algorithm="words",
+        special_tokens=["tool"],
+        encodable=2.0,
         sources={"x": Sdists(["Flask"]), "y": Files([])},
         steps={"length": Length(gate=2), "form": Normalise(form="NFX")},
         order=["length", "form", "form", "none"],
@@ -563,6 +586,9 @@ def test_all_problems_are_found_at_once(texts):
         "corpus.vocabulary",
         "corpus.test",
         "corpus.pieces",
+        "corpus.algorithm",
+        "corpus.special_tokens",
+        "corpus.encodable",
         "corpus.sources.x.packages",
         "corpus.sources.y.paths",
         "corpus.steps.length.gate",

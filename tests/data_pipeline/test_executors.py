@@ -1,10 +1,12 @@
 """Whatever becomes of a run, and wherever it runs: the next one goes on and ends with the same bytes."""
 
+import fcntl
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from data_pipeline.engine.pieces import PieceReader, execute, pieces_of, writer
+from data_pipeline.engine.pieces import Job, PieceReader, execute, pieces_of, writer
 from data_pipeline.engine.tokenising import write_shards
 from data_pipeline.executors.base import Executor, PieceError
 from data_pipeline.executors.local import Local
@@ -180,3 +182,16 @@ def test_a_disk_that_is_full_is_told_and_a_rerun_goes_on(made, tmp_path, limit):
     assert "DiskFullError" in errors or "File too large" in errors
     shards(made, tmp_path / "out", 2)
     assert result(tmp_path / "out") == result(made / "one")
+
+
+def test_a_piece_has_one_writer_at_a_time(made, tmp_path):
+    job = Job([PieceReader(pieces_of(made / "pieces", PIECES)), writer(tmp_path / "out")], tmp_path / "logs", PIECES)
+    (tmp_path / "logs/locks").mkdir(parents=True)
+    with open(tmp_path / "logs/locks/00001", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        thread = threading.Thread(target=job.do, args=(1,), daemon=True)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive() and not job.complete(1)
+    thread.join(60)
+    assert job.complete(1)

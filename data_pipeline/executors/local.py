@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,5 +82,6 @@ def _serve(pipe: Any, job: Job) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-    while True:
-        pipe.send(attempt(job, pipe.recv()))
+    with suppress(EOFError):  # there are fewer pieces left than processes
+        while True:
+            pipe.send(attempt(job, pipe.recv()))

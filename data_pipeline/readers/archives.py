@@ -99,12 +99,13 @@ def tar_members(archive: Path) -> Iterator[Member]:
                 stream = opened.extractfile(info)
                 assert stream is not None  # a regular file has content
                 yield Member(info.name, info.size, stream.read)
-        # tarfile takes a header that it cannot read for the end; after the real one there are zeros only.
+        # tarfile takes a header that it cannot read for the end; the real one is two blocks of zeros or more.
         assert opened.fileobj is not None
         opened.fileobj.seek(opened.offset)
-        blocks = iter(lambda: opened.fileobj.read(BLOCK), b"")  # type: ignore[union-attr]
-        zeros = [not any(block) for block in blocks]
-        if not zeros or not all(zeros):
+        length, zeros = 0, True
+        while block := opened.fileobj.read(BLOCK):
+            length, zeros = length + len(block), zeros and not any(block)
+        if length < 2 * tarfile.BLOCKSIZE or not zeros:
             raise tarfile.ReadError(f"it breaks off at byte {opened.offset:,}")
 
 

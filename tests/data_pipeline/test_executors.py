@@ -97,6 +97,7 @@ def test_a_run_that_is_killed_at_any_moment_is_gone_on_with(made, tmp_path, name
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("cluster", ELSEWHERE[1:], indirect=True)
 def test_a_run_elsewhere_that_is_killed_is_gone_on_with(made, tmp_path, request, cluster):
     killed_and_ended(made, tmp_path / "out", request.node.callspec.params["cluster"], 4)

@@ -120,6 +120,8 @@ class TextWindows:
                 "this split a larger share (corpus.validation, corpus.test), or long_documents=split."
             )
 
+        self.shard.scattered()
+
     def __len__(self) -> int:
         return len(self.windows)
 
@@ -140,6 +142,8 @@ class TextWindows:
         length, tokens_T = self.windows.sequence_length, self.shard.tokens_T
         spans = [self.windows.spans(index) for index in indices]
         every = type(spans[0]).joined(spans)
+        for source, count in zip(every.sources_S.tolist(), every.inputs_S.tolist(), strict=True):
+            self.shard.announce(source, count)  # all of them, before the first is waited for
         counts_B = np.array([len(s.inputs_S) for s in spans])
         first_S = np.repeat(np.cumsum(counts_B) - counts_B, counts_B)  # of the spans of the same window
         before_S = np.cumsum(every.inputs_S) - every.inputs_S

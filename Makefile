@@ -49,6 +49,8 @@ bench: setup-dev ## throughput, checkpoint cost, bytes sent, engines side by sid
 	$(RUN) tools.bench bench=checkpoint
 	$(RUN) tools.bench bench=communication
 	$(RUN) tools.bench bench=engines
+	$(RUN) tools.bench bench=order
+	$(RUN) tools.bench bench=loader
 
 serve: setup ## build vLLM's own environment and serve the demo's export on loopback
 	$(RUN) tools.serve target=runs/demo/export

@@ -50,8 +50,8 @@ class LoaderBench:
     corpora: int = 3
     sequence_length: int = 256
     global_batch: int = 16
-    steps: int = 400
-    turn: int = 50
+    steps: int = 100
+    turn: int = 20
     packing: str = "stream"
     directory: str = ""
 
@@ -68,7 +68,7 @@ class LoaderBench:
                 AdamW().build,
                 world=world,
                 settings=Settings(),
-                initialise=lambda placed: initialise(placed, 0),
+                initialise=lambda placed: initialise(placed, 0),  # type: ignore[arg-type]
             )
             at_hand = [loader.batch(step) for step in range(self.turn)]
             waits: list[float] = []

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.agreement import (
     LEVELS,
+    SIGNIFICANCE,
     _at_most,
     cohen_kappa,
     decided,
@@ -135,10 +136,10 @@ def test_a_weak_annotator_is_flagged_and_no_other():
 
 
 def test_among_equals_nobody_is_flagged_more_often_than_the_test_says():
-    draw = random.Random(2)
-    runs = 400
-    flagged = sum(any(one.weak for one in standing(crowd(draw, dict.fromkeys("ABCD", 0.8), 60))) for _ in range(runs))
-    assert flagged <= 0.01 * runs + 3 * math.sqrt(0.01 * runs)
+    draw, runs = random.Random(2), 200
+    equals = dict.fromkeys("ABCDEFGH", 0.8)
+    certain = sum(any(one.p < SIGNIFICANCE for one in standing(crowd(draw, equals, 60))) for _ in range(runs))
+    assert certain <= SIGNIFICANCE * runs + 3 * math.sqrt(SIGNIFICANCE * runs)
 
 
 def test_a_difference_that_is_certain_but_small_is_no_weakness():

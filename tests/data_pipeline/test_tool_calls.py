@@ -1,5 +1,8 @@
 """Tools: what is declared, called and answered must belong together."""
 
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
 import pytest
 
 from data_pipeline.chat import chat_faults
@@ -82,6 +85,25 @@ REFUSED = {
         "the parameters of weather refer to http://127.0.0.1:9/schema.json, which is not in them",
     ),
 }
+
+
+def test_a_schema_that_refers_elsewhere_fetches_nothing():
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        elsewhere = {"$ref": f"http://127.0.0.1:{server.server_port}/schema.json"}
+        record = turns(asks("a"), answers("", call("weather")), tools=declared(parameters=elsewhere))
+        assert len(chat_faults(record)) == 1
+        server.shutdown()
+        thread.join()
+    assert not asked
 
 
 @pytest.mark.parametrize("messages", [ONE_CALL, TWO_CALLS, TWO_CALLS[:2]], ids=["one", "two", "ends with calls"])

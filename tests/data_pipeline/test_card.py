@@ -24,6 +24,7 @@ from data_pipeline.engine.documents import all_rows
 from data_pipeline.engine.pieces import VARIOUS, Tally, tallied
 from data_pipeline.engine.portrait import OTHER, Portrait, portrayed
 from data_pipeline.shards import Shard
+from tests.data import write_shard
 from tests.data_pipeline import cards
 from tests.data_pipeline.test_corpus import made, texts  # noqa: F401  a fixture
 
@@ -108,6 +109,22 @@ def test_documents_beside_a_shard_are_those_in_it_in_order(corpus):
 def lines(file: Path) -> list[dict]:
     with zstandard.open(file, "rb") as stream:
         return [json.loads(line) for line in io.BufferedReader(stream)]
+
+
+def test_any_document_of_a_long_list_is_found_by_its_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_documents, "GROUP", 3)
+    rows = [(f"id {n}", f"source {n % 2}", "MIT", n // 4) for n in range(10)]
+    for part, some in enumerate((rows[:4], [], rows[4:])):
+        written = engine_documents.Rows(tmp_path / f"{part}.parquet")
+        for row in some:
+            written.add(*row)
+        written.close()
+    stem = tmp_path / "train"
+    engine_documents.merge([tmp_path / f"{part}.parquet" for part in range(3)], tmp_path / "train.documents.parquet")
+    assert [engine_documents.row_of(stem, number) for number in range(10)] == rows
+    shard = write_shard(stem, [[1] * (n + 1) for n in range(10)])
+    counted = engine_documents.tokens_by_source(shard, tmp_path / "train.documents.parquet")
+    assert counted == {("source 0", "MIT"): 1 + 3 + 5 + 7 + 9, ("source 1", "MIT"): 2 + 4 + 6 + 8 + 10}
 
 
 # The page

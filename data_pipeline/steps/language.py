@@ -59,7 +59,8 @@ class Language(DocumentStep):
 
     def scores(self, text: str) -> dict[str, float]:
         """Probability of every language: one that is wanted counts also where it is not the likeliest."""
-        pairs = self.classifier.f.predict(text.replace("\n", " ") + "\n", -1, 0.0, "strict")
+        line = text.replace("\n", " ").encode("utf-8", errors="replace").decode() + "\n"  # no lone surrogates
+        pairs = self.classifier.f.predict(line, -1, 0.0, "strict")
         return {label.removeprefix("__label__"): float(score) for score, label in pairs}
 
     @property

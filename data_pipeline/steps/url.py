@@ -164,16 +164,18 @@ def packaged(name: str) -> Iterator[str]:
 
 def hashed(entries: Iterable[str]) -> np.ndarray:
     """Sorted 64-bit hashes: a set of millions of addresses in 8 bytes each."""
+    return np.unique(np.fromiter(map(hash_of, entries), dtype=np.uint64))
+
+
+def hash_of(entry: str) -> int:
     import xxhash
 
-    return np.unique(np.fromiter((xxhash.xxh64_intdigest(entry) for entry in entries), dtype=np.uint64))
+    return xxhash.xxh64_intdigest(entry.encode("utf-8", errors="surrogatepass"))
 
 
 def contains(hashes: np.ndarray, entry: str) -> bool:
-    import xxhash
-
     if not len(hashes):
         return False
-    value = np.uint64(xxhash.xxh64_intdigest(entry))
+    value = np.uint64(hash_of(entry))
     place = int(hashes.searchsorted(value))
     return place < len(hashes) and hashes[place] == value

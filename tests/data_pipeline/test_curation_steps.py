@@ -9,11 +9,18 @@ from pydoc_data.topics import topics
 
 import pytest
 from datatrove.data import Document
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from data_pipeline.ngram import train
 from data_pipeline.page import Page
 from data_pipeline.steps.code_quality import CodeQuality
 from data_pipeline.steps.ftfy import Ftfy
 from data_pipeline.steps.language import Language
+from data_pipeline.steps.perplexity import Perplexity
+from data_pipeline.steps.pii import PII
+from data_pipeline.steps.representation import Representation
+from data_pipeline.steps.toxicity import Toxicity
 from data_pipeline.steps.url import Url
 from tests.data import standard_library
 
@@ -272,3 +279,27 @@ def test_escapes_and_hexadecimal_strings_are_encoded_data():
     assert CodeQuality().judge(page(f"{code}\nkey = '{rng.randbytes(500).hex()}'")) in ("encoded", "long_line")
     assert re.search("sha256", code) is None
     assert CodeQuality().judge(page(f"{code}\nsha256 = '{rng.randbytes(32).hex()}'")) is None
+
+
+# --- any text
+
+ANY = st.text(st.characters(), max_size=60) | st.text("aA1 .@:/-+()\n\\xu{}=\"'\ud800\x00é中", max_size=200)
+
+
+@settings(max_examples=100, deadline=None)
+@given(ANY, ANY)
+def test_no_text_and_no_address_breaks_a_step(steps_of_any_text, text, url):
+    for step in steps_of_any_text:
+        verdict = step.judge(page(text, url=url, source="s", kind="prose"))
+        assert verdict is None or re.fullmatch("[a-z_]+", verdict)
+
+
+@pytest.fixture(scope="module")
+def steps_of_any_text(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("ngram")
+    train(list(topics.values())[:3], 4).save(directory / "ngram.npz")
+    urls = Url(**LISTS, patterns=["x+y"], urls=["https://a.org"])
+    return [
+        *(Ftfy(), Language(), urls, CodeQuality(), PII(), Toxicity(), Representation()),
+        Perplexity(model=str(directory), most=5),
+    ]

@@ -58,10 +58,8 @@ class Curate(PipelineStep):
                         if reason is not None:
                             tally[name, f"dropped\t{reason}"] += 1
                             metadata = {**page.metadata, "filter_step": name, "filter_reason": reason}
-                            kept = (
-                                page.text if page.text.strip() else before
-                            )  # as the step left it, if it left anything
-                            self.dropped.write(Document(kept, page.id, metadata=metadata), rank)
+                            left = page.text if step.hides else before
+                            self.dropped.write(Document(left, page.id, metadata=metadata), rank)
                             break
                     tally[name, OUT] += 1
                     tally[name, CHARACTERS_OUT] += len(page.text)

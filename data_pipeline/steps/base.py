@@ -35,6 +35,9 @@ class Step(ABC):
 
     topic: ClassVar[str] = ""
     """Section of the data card that shows what was found: duplicates, personal, contamination or representation."""
+    hides: ClassVar[bool] = False
+    """Whether a document that it drops goes to quarantine as the step has left it, not as it was given: what the step
+    takes out must not be kept."""
 
     gate: float = 0.0
     kinds: list[str] = field(default_factory=list)

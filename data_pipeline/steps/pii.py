@@ -38,6 +38,7 @@ class PII(DocumentStep):
     """
 
     topic: ClassVar[str] = "personal"
+    hides: ClassVar[bool] = True
 
     secret: str = "replace"
     email: str = "replace"

@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import socket
+import time
 from pydoc_data.topics import topics
 
 import pytest
@@ -279,6 +280,17 @@ def test_escapes_and_hexadecimal_strings_are_encoded_data():
     assert CodeQuality().judge(page(f"{code}\nkey = '{rng.randbytes(500).hex()}'")) in ("encoded", "long_line")
     assert re.search("sha256", code) is None
     assert CodeQuality().judge(page(f"{code}\nsha256 = '{rng.randbytes(32).hex()}'")) is None
+
+
+@pytest.mark.parametrize("unit", ["ab ", "1 ", "1,", "A", "\\x0", "\\u00e9", "a" * 63 + " ", "a" * 50 + "\n", '"ab" '])
+def test_time_of_code_quality_grows_with_the_length_whatever_the_text(unit):
+    def seconds(length: int) -> float:
+        ours = page(unit * (length // len(unit)))
+        begin = time.process_time()
+        CodeQuality(longest_line=10**9, line_length=10**9, generated=False, alphanumeric=0).judge(ours)
+        return time.process_time() - begin
+
+    assert min(seconds(80_000) for _ in range(3)) < 8 * min(seconds(20_000) for _ in range(3)) + 0.02
 
 
 # --- any text

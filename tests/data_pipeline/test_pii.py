@@ -11,9 +11,12 @@ from itertools import pairwise
 from pydoc_data.topics import topics
 
 import pytest
+from datatrove.data import Document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.engine.chain import Curate
+from data_pipeline.engine.pieces import read_records
 from data_pipeline.page import Page
 from data_pipeline.personal import KINDS, find
 from data_pipeline.personal.emails import top_level_domains
@@ -442,6 +445,16 @@ def test_a_document_dropped_for_personal_data_goes_to_quarantine_with_placeholde
     page = Page(LETTER, "id", {})
     assert PII(phone="drop").judge(page) == "phone"
     assert page.text == "Write to <EMAIL> or <PHONE>; the server is <IP>."
+
+
+def test_quarantine_of_a_build_holds_the_placeholders(tmp_path):
+    documents = [Document(LETTER, "a", metadata={"kind": "prose"}), Document("plain", "b", metadata={"kind": "prose"})]
+    step = Curate({"pii": PII(phone="drop")}, tmp_path / "survey", tmp_path / "quarantine")
+    assert [document.id for document in step.run(documents)] == ["b"]
+    (file,) = (tmp_path / "quarantine").rglob("*.zst")
+    (record,) = read_records(file)
+    assert record["text"] == "Write to <EMAIL> or <PHONE>; the server is <IP>."
+    assert (record["step"], record["reason"]) == ("pii", "phone")
 
 
 def test_emails_and_public_addresses_are_those_that_datatrove_finds():

@@ -41,7 +41,7 @@ class Chats(DataSet):
         path: a file, or a directory with {train,validation,test} and preferences_ or kto_ before it, as .jsonl,
             .jsonl.gz, .jsonl.zst, .json (an array) or .parquet.
         format: of the records; empty recognises each for itself.
-        rename: our name of a field -> the name that the records use, such as {prompt: question}.
+        rename: our name of a field -> the name that the records use: '+corpus.rename={prompt: question}'.
         bad: what happens to records with a fault: "refuse" lists them all and stops, "quarantine" goes on without.
         validation: share of the prompts whose records become the validation split, chosen by hash; in (0, 1).
         test: likewise for the test split; in [0, 1).

@@ -135,6 +135,17 @@ def test_bad_records_of_all_files_are_told_together_or_go_to_quarantine(tmp_path
     assert "5 are in" in capsys.readouterr().out
 
 
+def test_fields_of_other_names_are_said_on_the_command_line(tmp_path):
+    write_jsonl(tmp_path / "mine.jsonl", [{"question": question(n), "answer": "Yes."} for n in range(60)])
+    make(
+        tmp_path / "mine.jsonl",
+        tmp_path / "run",
+        "+corpus.rename={prompt: question, completion: answer}",
+        validation=0.2,
+    )
+    assert records(tmp_path / "run", "train")[0]["messages"][1] == answers("Yes.")
+
+
 def test_files_whose_names_say_no_split_are_mentioned(tmp_path, capsys):
     write_jsonl(tmp_path / "mine" / "train.jsonl", TALK)
     write_jsonl(tmp_path / "mine" / "more.jsonl", TALK)

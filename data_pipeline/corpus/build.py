@@ -281,8 +281,9 @@ def cached(
     for leftover in path.iterdir():
         if leftover.name not in kept:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    lines = "; ".join(described(step) for step in artifact.metrics["steps"])
-    print(f"{name:10} {lines or 'made'} in {artifact.duration_s:.1f} s", flush=True)
+    print(f"{name:10} made in {artifact.duration_s:.1f} s", flush=True)
+    for step in artifact.metrics["steps"]:
+        print(f"  {described(step)}", flush=True)
     return artifact
 
 
@@ -414,8 +415,8 @@ def reasons(dropped: Mapping[str, int]) -> str:
 
 
 def described(step: Mapping[str, Any]) -> str:
-    dropped = f" (dropped: {reasons(step['dropped'])})" if step["dropped"] else ""
-    return f"{step['name']} {step['documents_out']:,} of {step['documents_in']:,} documents{dropped}"
+    dropped = f"   dropped: {reasons(step['dropped'])}" if step["dropped"] else ""
+    return f"{step['name']:18} {step['documents_out']:>9,} of {step['documents_in']:>9,} documents{dropped}"
 
 
 def _link(source: str, destination: str) -> None:

@@ -142,7 +142,8 @@ def test_a_rerun_does_nothing(corpus, texts, capsys):
 def test_one_changed_setting_redoes_only_what_depends_on_it(corpus, texts, tmp_path, capsys, change, redone):
     shutil.copytree(corpus.path, tmp_path / "corpus")
     again = made(texts, tmp_path / "corpus", **change)
-    lines = [line.split()[:2] for line in capsys.readouterr().out.partition("corpus:")[0].splitlines()]
+    shown = capsys.readouterr().out.partition("corpus:")[0].splitlines()
+    lines = [line.split()[:2] for line in shown if not line.startswith(" ")]
     assert [name for name, what in lines if what != "found"] == redone
     kept = {path.name.rpartition("-")[0] for path in (tmp_path / "corpus/steps").iterdir()}
     assert not lines or kept == {name for name, _ in lines}  # what nothing depends on any more is gone
@@ -549,8 +550,10 @@ def test_growing_the_validation_split_takes_no_document_out_of_it(text, validati
 
 @pytest.mark.parametrize("preset", sorted(file.stem for file in (CONF / "corpus").glob("*.yaml")))
 def test_every_shipped_corpus_composes(preset):
+    web = ["+corpus/source@corpus.sources.x=standard_library"]
     needed = {
-        "text": ["+corpus/source@corpus.sources.x=standard_library"],
+        "web": web,
+        "text": web,
         "files": ["corpus.paths=[x]"],
         "huggingface": ["corpus.sources.huggingface.dataset=x"],
     }

@@ -92,8 +92,8 @@ class Origin:
     date: str = ""
 
     def metadata(self, path: str, kind: str) -> dict[str, Any]:
-        named = {"source": self.name, "version": self.version, "licence": self.licence, "home": self.home}
-        return {**named, "date": self.date, "path": encodable(path), "kind": kind}
+        stated = {"version": self.version, "licence": self.licence, "home": self.home, "date": self.date}
+        return {"source": encodable(self.name), **stated, "path": encodable(path), "kind": kind}
 
     def document(self, path: str, kind: str, text: str, **metadata: str) -> Document:
         """A document, with its fault if it has one.
@@ -106,6 +106,7 @@ class Origin:
         """
         known = {key: value for key, value in metadata.items() if value}
         found = self.metadata(path, kind) | known
+        found["licence"] = " ".join(found["licence"].split())[:LONGEST_NAME]
         if FAULT not in found:
             if not text.strip():
                 found[FAULT] = "empty"
@@ -142,7 +143,7 @@ def record_document(origin: Origin, path: str, kind: str, record: Any, fields: F
         return origin.fault(path, kind, "no_text", f"no text in {fields.text}", plain(record))
     if not text.isascii() and text != text.encode("utf-8", "replace").decode():
         return origin.fault(path, kind, "not_utf8", "half a surrogate pair", plain(record))
-    found = {key: " ".join(named(fields.value(record, getattr(fields, key))).split()) for key in ("licence", "url")}
+    found = {key: named(fields.value(record, getattr(fields, key))).strip() for key in ("licence", "url")}
     when = iso(fields.value(record, fields.date))
     if not fields.id:
         return origin.document(path, kind, text, date=when, **found)

@@ -108,6 +108,21 @@ def _gzip_blocks(file: Path) -> Iterator[bytes]:
 
 
 def _zstandard_blocks(file: Path) -> Iterator[bytes]:
+    held, size = [], 0
+    try:
+        for content in _zstandard_slices(file):
+            held.append(content)
+            size += len(content)
+            if size >= BLOCK // 8:
+                yield b"".join(held)
+                held, size = [], 0
+    except (EOFError, zstandard.ZstdError):
+        yield b"".join(held)  # all that comes before the fault
+        raise
+    yield b"".join(held)
+
+
+def _zstandard_slices(file: Path) -> Iterator[bytes]:
     # By hand: zstandard's own readers take a file that breaks off for one that ends.
     frame = None
     for block in _plain_blocks(file):
@@ -115,8 +130,7 @@ def _zstandard_blocks(file: Path) -> Iterator[bytes]:
             given = block[begin : begin + SLICE]
             while given:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                if content := frame.decompress(given):
-                    yield content
+                yield frame.decompress(given)
                 given, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     if frame:
         raise EOFError("it ends within a frame")
@@ -167,7 +181,7 @@ class Stream:
     def _refilled(self, parts: list[bytes]) -> bool:
         """Whether there was a next block."""
         try:
-            self._unread = next(self._blocks, b"")
+            self._unread = next((block for block in self._blocks if block), b"")
         except DamageError as error:
             raise DamageError(str(error), b"".join(parts)) from error
         return bool(self._unread)

@@ -16,17 +16,20 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
 from data_pipeline.readers import archives, extraction, streams
-from data_pipeline.readers.reading import PASSED_OVER, FileReader, iso
+from data_pipeline.readers.reading import PASSED_OVER, FileReader, Origin, iso, record_document
 from data_pipeline.sources.base import Fields, FileSource, SourceError
 from data_pipeline.sources.exports import Exports
 from data_pipeline.sources.files import Files
 from data_pipeline.sources.html import Html
 from data_pipeline.sources.jsonl import JsonLines
 from data_pipeline.sources.parquet import Parquet
+from data_pipeline.sources.repositories import Repositories
 from data_pipeline.sources.warc import Warc
 
 TEXTS = [
@@ -161,6 +164,9 @@ FORMATS = {
     "warc": Format("x.warc", RESPONSES, lambda p: Warc([p]), ends(RESPONSES, b"\r\n\r\n")),
     "warc.gz": Format("x.warc.gz", PACKED, lambda p: Warc([p])),
     "wet": Format("x.wet", CONVERSIONS, lambda p: Warc([p]), ends(CONVERSIONS, b"\r\n\r\n")),
+    "repository": Format(
+        "x.py", f"text = {TEXTS[0]!r}\n".encode(), lambda p: Repositories([str(Path(p).parent)], licences=[])
+    ),
     "export": Format("x.json", json.dumps(CHATS).encode(), lambda p: Exports([p])),
     "export.zip": Format("x.zip", zipped({"a/conversations.json": json.dumps(CHATS)}), lambda p: Exports([p])),
     "tar": Format("x.tar", tarred(TEXTS), lambda p: Files([p])),
@@ -231,6 +237,39 @@ def test_a_mutated_file_gives_documents_or_faults_and_loses_nothing_in_silence(n
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_ten_thousand_mutated_files_give_documents_or_faults(name, tmp_path):
     check_mutations(FORMATS[name], tmp_path, 10_000)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.datetimes() | st.decimals(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "id", "a", "b"]), inner),
+    max_leaves=8,
+)
+
+
+def check_rows(row: object, fields: Fields) -> None:
+    """A row of any shape, as `datasets` hands them on, is a document or a fault that can be written down."""
+    doc = record_document(Origin("x", "", "MIT", "", ""), "0", "prose", row, fields)
+    orjson.dumps({"text": doc.text, "id": doc.id, "metadata": doc.metadata})
+    if "fault" not in doc.metadata:
+        assert doc.text == fields.value(row, fields.text)
+
+
+FIELDS = st.builds(
+    Fields, *(st.sampled_from(keys) for keys in (["text", "a.b"], ["", "id"], ["", "a"], ["", "b"], ["", "a"]))
+)
+
+
+@given(VALUES, FIELDS)
+@settings(max_examples=200, deadline=None)
+def test_a_row_of_any_shape_is_a_document_or_a_fault(row, fields):
+    check_rows(row, fields)
+
+
+@pytest.mark.slow
+@given(VALUES, FIELDS)
+@settings(max_examples=10_000, deadline=None)
+def test_ten_thousand_rows_of_any_shape_are_documents_or_faults(row, fields):
+    check_rows(row, fields)
 
 
 # Bad input of known sorts

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import asdict
 
 import pytest
 from hydra import compose, initialize_config_module
@@ -9,10 +10,12 @@ from omegaconf import OmegaConf
 
 from conf import entry
 from conf.errors import ConfigError
+from conf.registry import OPTIONS
 from data_pipeline.batch import IGNORED
 from data_pipeline.engine.pieces import read_records
 from data_pipeline.loader import Loader
 from data_pipeline.shards import Shard
+from data_pipeline.steps.base import DocumentStep
 from data_pipeline.tokenizer import Tokenizer
 from tests.data_pipeline.chats import CONVERSATION, tokenizer, write_jsonl
 from tests.data_pipeline.test_corpus import made, texts  # noqa: F401  a fixture
@@ -20,7 +23,7 @@ from tools.inspect import show
 from tools.inspect.__main__ import InspectConfig, main, only
 from tools.inspect.errors import InspectError
 from tools.inspect.run import Run
-from tools.inspect.trail import Corpus, follow, search
+from tools.inspect.trail import Corpus, follow, replayed, search
 from train.config import RunConfig
 from train.rundir import with_options, write_config
 
@@ -84,6 +87,13 @@ def test_changes_of_length_are_told_step_by_step(corpus):
     copy = follow(corpus, next(r["id"] for f in corpus.quarantine("exact") for r in read_records(f)))
     read, normalised = copy.places[:2]
     assert read.characters - normalised.characters >= 1  # it ended with a line
+
+
+def test_every_step_that_judges_by_itself_can_judge_again():
+    kinds = [kind for (group, _), kind in OPTIONS.items() if group == "corpus/step" and issubclass(kind, DocumentStep)]
+    steps = [[kind.__name__, kind.__name__, asdict(kind()), None] for kind in kinds if kind.__name__ != "Perplexity"]
+    record = {"id": "x", "text": "Nothing.", "metadata": {"kind": "prose"}}
+    assert [place.step for place in replayed(steps, record, "")] == [name for name, *_ in steps]
 
 
 def test_a_fragment_finds_the_document_kept_dropped_or_as_it_was_read(corpus):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from omegaconf import OmegaConf
 
 from conf.registry import OPTIONS
 from data_pipeline.artifact import Artifact, ArtifactError
@@ -322,7 +323,7 @@ def replayed(steps: Sequence[Sequence[Any]], record: dict[str, Any], until: str)
     for name, kind, settings, *_ in steps:
         if name == until:
             break
-        step = known[kind](**settings)
+        step = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(known[kind]), settings))
         assert isinstance(step, DocumentStep)  # others run alone
         reason = step.judge(page) if step.judges(page) else None
         note = "untouched: for other kinds" if not step.judges(page) else ""

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from data_pipeline import encoding
-from data_pipeline.encoding import Encoder, translated
+from data_pipeline.encoding import BEYOND_BMP, Encoder, translated
 from data_pipeline.tokenizer import SPECIALS, TRAINERS, Tokenizer
 from tests.data import standard_library, tiny_tokenizer
 
@@ -48,7 +48,7 @@ ENCODERS = {
 }
 WRITTEN = (
     st.text()
-    | st.text(alphabet=st.sampled_from("aZſK's'RE 1²४\t\n\r\u00a0\u3000\x1c\x85_-é\u0301字😀\u0378"))
+    | st.text(alphabet=st.sampled_from("aZſK's'RE 1²४\t\n\r\u00a0\u3000\x1c\x85_-é\u0301字😀𐐷𝟙\u0378"))
     | st.lists(st.sampled_from([*SPECIALS, " ", "don't", "x1", "    ", "\n\n", "'LL", "ǆ"])).map("".join)
 )
 
@@ -64,6 +64,22 @@ def test_any_text_has_the_ids_that_the_library_gives(name, texts):
     assert not encoder.tokenizer.special_ids.intersection(*found) if found else True
 
 
+def by_library(encoder: Encoder, text: str) -> list[str]:
+    return [text[a:b] for _, (a, b) in encoder.tokenizer.backend.pre_tokenizer.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@settings(max_examples=150, deadline=None)
+@given(text=WRITTEN)
+def test_any_text_is_split_as_the_library_splits_it(name, text):
+    """A tiny vocabulary has the same ids for words that are split in another place."""
+    encoder = ENCODERS[name]
+    if BEYOND_BMP.search(text):
+        assert encoder._by_words(text) is None
+    else:
+        assert encoder.words.findall(text) == by_library(encoder, text)
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_source_files_have_the_ids_that_the_library_gives(name):
     encoder = ENCODERS[name]
@@ -75,7 +91,7 @@ def test_every_character_is_split_as_the_library_splits_it():
     texts = ["".join(f"a{character}1 {character}\n" for character in every[i : i + 256]) for i in range(0, 63488, 256)]
     for name in ("ours", "llama3"):
         encoder = ENCODERS[name]
-        assert [ids_T.tolist() for ids_T in encoder.encode(texts)] == encoder.tokenizer.encode_documents(texts)
+        assert [encoder.words.findall(text) for text in texts] == [by_library(encoder, text) for text in texts]
 
 
 @pytest.mark.parametrize(

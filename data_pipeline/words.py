@@ -263,11 +263,11 @@ class Splitter:
         """Take prefixes and suffixes off, one of each at a time, then part the rest (Tokenizer._tokenize)."""
         if chunk in self.rules:
             return self.rules[chunk]
-        if chunk.isalpha() and chunk.isascii():
+        if is_plain(chunk):
             return (chunk,)
         body, last = chunk[:-1], chunk[-1]
-        if body.isalpha() and body.isascii() and (last in MARK_END or (last == "." and body[-1].islower())):
-            return (*self.parts(body), last)
+        if is_plain(body) and (last in MARK_END or (last == "." and not body[-1].isupper())):
+            return (*self.rules.get(body, (body,)), last)
         rules, longest = self.rules, self.longest_rule
         prefixes: list[str] = []
         suffixes: list[str] = []
@@ -330,6 +330,13 @@ class Splitter:
                 parts += [string[begin : match.start()], match.group()]
                 begin = match.end()
         return tuple(filter(None, [*parts, string[begin:]]))
+
+
+def is_plain(string: str) -> bool:
+    """Whether a string is a name of letters and digits in which no expression of spaCy's matches."""
+    if not (string.isascii() and string.isidentifier()) or "_" in (string[0], string[-1]):
+        return False
+    return string.isalpha() or string[-1].isdigit() or not LETTERS_END.search(string, max(0, len(string) - SUFFIX))
 
 
 def is_punctuation(token: str) -> bool:

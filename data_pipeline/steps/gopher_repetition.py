@@ -124,10 +124,10 @@ class Words:
             codes_N *= self.different
             codes_N += self.numbers_W[k : k + count]
         ordered_N = np.sort(codes_N)
-        begins = np.flatnonzero(np.concatenate([[True], ordered_N[1:] != ordered_N[:-1]]))
-        counts = np.diff(begins, append=count)
+        ends = np.append(np.flatnonzero(ordered_N[1:] != ordered_N[:-1]) + 1, count)
+        counts = np.diff(ends, prepend=0)
         most = int(counts.max())
-        first = int(np.isin(codes_N, ordered_N[begins[counts == most]]).argmax()) if most > 1 else 0
+        first = int(among(codes_N, ordered_N[ends[counts == most] - 1]).argmax()) if most > 1 else 0
         return int(self.ends_W[first + n] - self.ends_W[first] + n - 1) * most
 
     def repeat_more(self, n: int, share: float, size: int) -> bool:
@@ -152,7 +152,7 @@ class Words:
             return False
         before: set[str] = set()
         repeated, passed = 0, 0
-        for at in np.flatnonzero(np.isin(grams_N, again)).tolist():
+        for at in np.flatnonzero(among(grams_N, again)).tolist():
             if at >= passed:
                 gram = self.text[self.ends_W[at] : self.ends_W[at + n]]
                 if gram in before:
@@ -172,6 +172,11 @@ class Words:
             self.grams_N = self.grams_N[:count] * self.powers_W[last] + self.hashes_W[last]
             self.n += 1
         return self.grams_N
+
+
+def among(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """Which values are among some in ascending order."""
+    return ordered.take(np.searchsorted(ordered, values), mode="clip") == values
 
 
 def powers(largest: int) -> np.ndarray:

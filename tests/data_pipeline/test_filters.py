@@ -135,7 +135,8 @@ def test_steps_decide_as_the_blocks_on_thousands_of_pages(text):
         assert ours(step, text) == theirs(block, text)
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("count", [12, pytest.param(200, marks=pytest.mark.slow)])
 def test_steps_decide_as_the_blocks_on_real_text(count):
     found = real_texts(count)
     whole = ["\n\n".join(found[at : at + 6]) for at in range(0, len(found), 6)]

@@ -37,6 +37,7 @@ def test_words_and_sentences_are_those_of_datatrove_in_five_thousand_texts(text)
     assert same(text)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", [20, pytest.param(400, marks=pytest.mark.slow)])
 def test_words_and_sentences_of_real_text_are_those_of_datatrove(count):
     differing = [text[:80] for text in real_texts(count) if not same(text)]

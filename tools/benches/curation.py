@@ -12,7 +12,6 @@ import re
 import sysconfig
 import textwrap
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
@@ -103,7 +102,7 @@ class Measured:
 
     answers: list[str]
     seconds: float
-    steps: Counter[str]
+    steps: dict[str, float]
 
 
 Side = Callable[[], tuple[Callable[[str], Any], list[Judge]]]
@@ -128,7 +127,7 @@ def _measure(side: Side, texts: list[str], barrier: Barrier, results: "Queue[Mea
     for _, judge in judges:
         judge(document(WARM_UP))
     answers: list[str] = []
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = dict.fromkeys((name for name, _ in judges), 0.0)
     barrier.wait()
     begin = last = time.perf_counter()
     for text in texts:

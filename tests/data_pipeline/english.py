@@ -16,7 +16,7 @@ example.com:8080 ftp://user:pass@host.net/x a.b@example.com <a.b@example.com> 12
 1/2 10:30 10km 5µm 3km/h 20°C. °F. 12GB 7m² ١٢ ² ½ v2.0 x=1 a<b a>b a:b 1:2 key=value :) :-) ;-D :( :/ <3 </3 XD xD :3
 (: ): >:( :'( ^_^ (^_^) -_- o.O O_o ಠ_ಠ (ಠ_ಠ) ¯\\(ツ)/¯ (╯°□°）╯︵┻━┻ ><(((*> 8) 8-D v.v :o) [: ]= 😀 👍🏽 ™ ©
 . , ; : ! ? ( ) [ ] { } < > " ' ` ´ “ ” ‘ ’ „ « » - -- --- – — / \\ | _ * & # % @ ~ ^ = + … · • ¿ ¡ 。 、 ！ ？ । ۔ ؟ §
-'s 'S ’s 'll n't 'd
+'s 'S ’s 'll n't 'd a5km v2GB x_3mm. foo_5m, _a a_ a2 A1. i18n
 """
 SPACES = [*" " * 12, "", "", "", "\n", "\n\n", "  ", "\t", " \n ", "\xa0", "\u2003", "\x1f", "\x85", "\u200b", "\r\n"]
 characters = st.characters(exclude_categories=["Cs"])

@@ -194,6 +194,22 @@ def test_what_occurred_before_is_counted_from_the_second_time_on():
     assert occurred_before(["ab", "c", "ab", "ab"]) == (2, 4)
 
 
+@pytest.mark.parametrize(
+    ("cited", "kept"),
+    [
+        ("This was said.[1] And that[edit] too.[citation needed]", "This was said. And that too."),
+        ("There is lorem[1] ipsum in this.", None),
+        ("There is java[2]script in this.", ""),
+        ("There is use [3]of[4] cookies in this.", ""),
+    ],
+)
+def test_c4_finds_what_citations_hide(cited, kept):
+    prose = "\n".join([LINES[0]] * 5)
+    found = ours(C4(), f"{prose}\n{cited}")
+    assert found == theirs(C4QualityFilter(), f"{prose}\n{cited}")
+    assert found == ("lorem_ipsum", f"{prose}\n{cited}") if kept is None else (None, f"{prose}\n{kept}".strip())
+
+
 def test_c4_counts_the_lines_it_removes():
     page = Page("\n".join([LINES[0]] * 5 + [LINES[4], LINES[5], LINES[9], "No."]), "1", {"kind": "prose"})
     assert C4().judge(page) is None

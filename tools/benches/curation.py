@@ -2,7 +2,7 @@
 
 Both sides judge the same documents by the same steps in the same order, each in a process of its own that has read
 nothing before: language, Gopher repetition and quality, C4, FineWeb, MinHash signatures, e-mail and IP addresses. Text:
-what the Python packages installed here say of themselves in docstrings, as paragraphs, module by module.
+paragraphs of sentences from the docstrings of the Python packages installed here, module by module.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import multiprocessing
 import random
 import re
 import sysconfig
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +22,7 @@ from conf.registry import register
 
 DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
 PARAGRAPHS = re.compile(r"\n\s*\n")
+PROSE = re.compile(r"[A-Z].{78,}[.!?]")
 LEAST_CHARACTERS = 500
 """Modules that say less are left out."""
 WARM_UP = "This is what is read first, so that libraries and models are loaded before time is taken. " * 20
@@ -86,8 +86,8 @@ class CurationBench:
         size = 0
         for file in files:
             said = DOCSTRING.findall(file.read_text(encoding="utf-8", errors="replace"))
-            paragraphs = [part for text in said for part in PARAGRAPHS.split(textwrap.dedent(text))]
-            text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+            paragraphs = [" ".join(part.split()) for text in said for part in PARAGRAPHS.split(text)]
+            text = "\n\n".join(filter(PROSE.fullmatch, paragraphs))
             if len(text) >= LEAST_CHARACTERS:
                 found.append(text)
                 size += len(text)

@@ -1,4 +1,4 @@
-"""`python -m tools.tokenizer corpus=runs/demo/corpus tokenizer=DIR`: what any tokenizer would make of a corpus.
+"""`python -m tools.tokenizer path=runs/demo/corpus tokenizer=DIR`: what any tokenizer would make of a corpus.
 
 The documents come out of the corpus's own shards, decoded by its own tokenizer, so that the corpus's sources are not
 needed. The report is that of the corpus's manifest (docs/tokenise.md), by source.
@@ -31,14 +31,14 @@ class TokenizerConfig:
     """Show what a tokenizer makes of a corpus.
 
     Args:
-        corpus: directory of a corpus, whatever it was tokenised with.
+        path: a corpus, whatever it was tokenised with.
         tokenizer: directory of the tokenizer: a corpus's `tokenizer/`, a model's, or any with a tokenizer.json.
         split: whose documents are encoded.
         documents: most documents that are encoded, from the first on; 0 for all.
         json: print the report as one JSON object instead of a table.
     """
 
-    corpus: str = MISSING
+    path: str = MISSING
     tokenizer: str = MISSING
     split: str = "validation"
     documents: int = 0
@@ -54,8 +54,8 @@ def measure(config: TokenizerConfig) -> dict[str, Any]:
     """
     from data_pipeline.engine import documents
 
-    own = Tokenizer.load(Path(config.corpus) / "tokenizer")
-    shard, _ = open_shard(config.corpus, config.split, own)
+    own = Tokenizer.load(Path(config.path) / "tokenizer")
+    shard, _ = open_shard(config.path, config.split, own)
     listed = documents.all_rows(shard.stem.with_name(shard.stem.name + documents.ENDING))
     tokenizer = Tokenizer.load(config.tokenizer)
     encoder = Encoder(tokenizer)

@@ -17,7 +17,17 @@ from train.__main__ import main
 from train.config import RunConfig
 
 CONF = Path(entry.__file__).parent
-for tool in ("annotate", "bench", "chat", "inspect.__main__", "lineage", "parity.__main__", "report.__main__", "serve", "tokenizer"):
+for tool in (
+    "annotate",
+    "bench",
+    "chat",
+    "inspect.__main__",
+    "lineage",
+    "parity.__main__",
+    "report.__main__",
+    "serve",
+    "tokenizer",
+):
     importlib.import_module(f"tools.{tool}")
 importlib.import_module("launchers.lifecycle")
 importlib.import_module("data_pipeline.config")

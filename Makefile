@@ -51,6 +51,7 @@ bench: setup-dev ## throughput, checkpoint cost, bytes sent, engines side by sid
 	$(RUN) tools.bench bench=engines
 	$(RUN) tools.bench bench=order
 	$(RUN) tools.bench bench=loader
+	$(RUN) tools.bench bench=tokenise
 
 serve: setup ## build vLLM's own environment and serve the demo's export on loopback
 	$(RUN) tools.serve target=runs/demo/export

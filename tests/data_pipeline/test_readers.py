@@ -101,7 +101,7 @@ class Format:
         name: of the file.
         content: a sound file of `TEXTS`, or of the first of them.
         source: what reads it.
-        seams: after how many bytes a file may end without a sign that it was longer; of formats that do not pack.
+        seams: after how many bytes a file may end without a sign that it was longer.
     """
 
     name: str
@@ -115,7 +115,8 @@ class Format:
         ends = (*self.seams, len(self.content))
         seamless = any(content == self.content[:begin] + self.content[end:] for begin in ends for end in ends)
         left = [text for text in TEXTS if text.encode() in content]
-        return seamless or (bool(self.seams) and all(any(text in doc.text for doc in documents) for text in left))
+        plain = bool(self.seams) and TEXTS[0].encode() in self.content
+        return seamless or (plain and all(any(text in doc.text for doc in documents) for text in left))
 
 
 def ends(content: bytes, mark: bytes) -> tuple[int, ...]:
@@ -162,7 +163,7 @@ FORMATS = {
     "parquet": Format("x.parquet", parquet(TEXTS), lambda p: Parquet([p], fields=Fields(id="id"))),
     "html": Format("x.html", page(TEXTS[0]).encode(), lambda p: Html([p])),
     "warc": Format("x.warc", RESPONSES, lambda p: Warc([p]), ends(RESPONSES, b"\r\n\r\n")),
-    "warc.gz": Format("x.warc.gz", PACKED, lambda p: Warc([p])),
+    "warc.gz": Format("x.warc.gz", PACKED, lambda p: Warc([p]), ends(PACKED, b"\x1f\x8b")),
     "wet": Format("x.wet", CONVERSIONS, lambda p: Warc([p]), ends(CONVERSIONS, b"\r\n\r\n")),
     "repository": Format(
         "x.py", f"text = {TEXTS[0]!r}\n".encode(), lambda p: Repositories([str(Path(p).parent)], licences=[])

@@ -78,8 +78,9 @@ class LoaderBench:
             for turn in range(self.steps // self.turn + 1):
                 for number in range(self.turn):
                     began = time.perf_counter()
-                    batch = loader.batch(step)
+                    following = loader.batch(step)
                     waited = time.perf_counter() - began
+                    batch = following  # only now is the last one freed, which lets the thread run
                     engine.train_step(batch, CausalLM(), 1.0).loss.item()
                     if turn and number > AHEAD:  # what was prepared while the other side ran came for nothing
                         waits.append(waited)

@@ -105,7 +105,7 @@ def train(directory: Path, inputs: dict[str, Artifact], steps: int, **figures: f
 def make_life(root: Path) -> dict[str, Artifact]:
     """Every stage of the demo, by name."""
     made: dict[str, Artifact] = {}
-    made["corpus"] = make(root / "corpus", "corpus", {}, CORPUS)
+    made["corpus"] = make(root / "corpus", "corpus", {}, CORPUS, files={"corpus.html": "<p>card</p>"})
     made["tasks"] = make(
         root / "tasks", "chat", {}, {"records": {"train": 3000, "preferences_train": 400}, "tasks": ["compare"]}
     )

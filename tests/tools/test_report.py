@@ -86,7 +86,7 @@ def test_a_whole_life_is_told(whole, html):
         "The model passed its gate and its export is verified",
         "celery", "5.6.1", "BSD-3-Clause", "4 MB",
         "Of 1,000 documents 790 (79.0%) were kept. They make 2,456,900 tokens.",
-        "compare", "preferences train 400",
+        f"copies, personal data, samples: {whole}/corpus/corpus.html", "compare", "preferences train 400",
         "too short 150, symbols 50", "duplicate 10",
         "60 steps over 491,520 tokens on 2 processes. The training loss went from",
         "loss, nats per token", "loss, nats per pair", "reward margin of chosen over rejected", "learning rate",

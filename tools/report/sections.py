@@ -13,6 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from data_pipeline.card.page import PAGE
 from launchers.display import duration
 from tools.report import charts
 from tools.report.read import Life, StageView, results_of
@@ -132,6 +133,12 @@ class Corpus:
     @property
     def tokens(self) -> int:
         return sum(split.get("tokens", 0) for split in self.splits.values())
+
+    @property
+    def card(self) -> Path | None:
+        """Its data card; None for an artifact that was made without one."""
+        assert self.stage.artifact is not None  # it has metrics
+        return self.stage.directory / PAGE if PAGE in self.stage.artifact.files else None
 
 
 def corpora(life: Life) -> list[Corpus]:

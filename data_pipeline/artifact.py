@@ -218,9 +218,13 @@ def locked(path: str | Path) -> Iterator[TextIO]:
 
     Raises:
         LiveRunError: another process holds it; names the process.
+        ArtifactError: it cannot be made.
     """
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise ArtifactError(f"{path} cannot be made a directory ({error.strerror}); give another run_dir.") from error
     with open(path / ".lock", "a+") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

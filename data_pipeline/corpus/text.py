@@ -15,6 +15,10 @@ from data_pipeline.steps.base import Step
 from data_pipeline.templates import NAMES, special_tokens, template_problems
 from data_pipeline.tokenizer import BYTES, SPECIALS, TRAINERS
 
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+STAGES = ("read", "split", "tokenizer", "shards", "tokenise")
+"""Of the build; no curation step may be called like one."""
+
 
 @register("corpus", "text_schema")
 @dataclass(frozen=True)
@@ -75,6 +79,9 @@ class TextCorpus(DataSet):
         for name, source in self.sources.items():
             found += source.problems(f"corpus.sources.{name}")
         for name in self.order:
+            if not NAME.fullmatch(name) or name in STAGES:
+                fix = f"a name of letters, digits and _ in lower case, other than {', '.join(STAGES)}"
+                found.append(Problem("corpus.steps", name, fix))
             if name not in self.steps:
                 found.append(Problem("corpus.order", name, f"made of {', '.join(self.steps) or 'corpus.steps'}"))
             else:

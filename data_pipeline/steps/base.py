@@ -29,7 +29,8 @@ class Step(ABC):
 
     Args:
         gate: least share of the documents judged that must be passed on, in [0, 1]; less stops the build and shows
-            examples, as more likely the step is wrong for this text than the text is bad.
+            examples, as more likely the step is wrong for this text than the text is bad. 0 never
+            stops it as long as any document is left.
         kinds: kinds of documents that are judged, such as prose and code; others pass untouched. Empty for all.
     """
 
@@ -39,7 +40,7 @@ class Step(ABC):
     """Whether a document that it drops goes to quarantine as the step has left it, not as it was given: what the step
     takes out must not be kept."""
 
-    gate: float = 0.0
+    gate: float = 0.1
     kinds: list[str] = field(default_factory=list)
 
     def problems(self, key: str) -> list[Problem]:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from conf import entry
 from conf.errors import ConfigError, OccupiedError
 from data_pipeline import shards
-from data_pipeline.artifact import Artifact, Draft, LiveRunError, locked
+from data_pipeline.artifact import Artifact, ArtifactError, Draft, LiveRunError, locked
 from data_pipeline.config import PipelineConfig
 from data_pipeline.corpus import build as building
 from data_pipeline.corpus.build import CorpusError, account, build, check
@@ -251,6 +251,18 @@ def test_a_document_that_vanishes_between_steps_or_from_quarantine_stops_the_bui
     steps[1]["documents_in"] -= 1
     with pytest.raises(CorpusError, match=r"read passed on (\d+) documents, \d+ came in at normalise"):
         account(steps, quarantine)
+
+
+def test_a_step_that_drops_all_that_it_judges_stops_the_build_though_others_pass(texts, tmp_path):
+    steps = {"length": Length(kinds=["code"], least_characters=10**6)}
+    with pytest.raises(CorpusError, match=r"length: only 0 of \d+ documents were passed on"):
+        made(texts, tmp_path / "corpus", steps=steps, order=["length"])
+
+
+def test_a_directory_that_cannot_be_made_is_one_message(texts, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="cannot be made a directory"):
+        made(texts, tmp_path / "file" / "corpus")
 
 
 @dataclass(frozen=True)
@@ -578,7 +590,7 @@ def test_all_problems_are_found_at_once(texts):
         encodable=2.0,
         sources={"x": Sdists(["Flask"]), "y": Files([])},
         steps={"length": Length(gate=2), "form": Normalise(form="NFX")},
-        order=["length", "form", "form", "none"],
+        order=["length", "form", "form", "none", "split"],
         readable=7,
     )
     with pytest.raises(ConfigError) as error:
@@ -597,5 +609,6 @@ def test_all_problems_are_found_at_once(texts):
         "corpus.steps.length.gate",
         "corpus.steps.form.form",
         "corpus.order",
+        "corpus.steps",
         "corpus.readable",
     }

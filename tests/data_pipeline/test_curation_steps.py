@@ -24,6 +24,7 @@ from data_pipeline.steps.representation import Representation
 from data_pipeline.steps.toxicity import Toxicity
 from data_pipeline.steps.url import Url
 from tests.data import standard_library
+from tools.yardstick import language_filter
 
 SENTENCES = {
     "en": "The weather was fine, and all of them went down to the river to see the boats come in.",
@@ -70,11 +71,7 @@ def test_ftfy_leaves_typography_alone_unless_asked():
 # --- language
 
 
-def test_decisions_of_language_are_those_of_datatrove_with_the_same_model(monkeypatch, offline):
-    from datatrove.pipeline.filters.language_filter import LanguageFilter
-    from datatrove.utils import lid
-
-    monkeypatch.setattr(lid, "cached_asset_path_or_download", lambda *_, **__: str(Language().file))
+def test_decisions_of_language_are_those_of_datatrove_with_the_same_model(offline):
     mixed = [f"{one}\n{two}" for one in SENTENCES.values() for two in SENTENCES.values()]
     texts = [
         *mixed,
@@ -86,7 +83,7 @@ def test_decisions_of_language_are_those_of_datatrove_with_the_same_model(monkey
         "\0",
     ]
     for languages, threshold in ((["en"], 0.65), (["de", "fr"], 0.3), ([], 0.65), ([], 0.9)):
-        theirs = LanguageFilter(languages or None, threshold)
+        theirs = language_filter(languages or None, threshold)
         step = Language(languages=languages, threshold=threshold)
         dropped = 0
         for text in texts:

@@ -19,6 +19,7 @@ from threading import Barrier
 from typing import Any
 
 from conf.registry import register
+from tools.yardstick import language_filter
 
 DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
 PARAGRAPHS = re.compile(r"\n\s*\n")
@@ -193,17 +194,12 @@ def _datatroves() -> tuple[Callable[[str], Any], list[Judge]]:
         FineWebQualityFilter,
         GopherQualityFilter,
         GopherRepetitionFilter,
-        LanguageFilter,
     )
     from datatrove.pipeline.filters.base_filter import BaseFilter, get_filter_result
     from datatrove.pipeline.formatters import PIIFormatter
-    from datatrove.utils import lid
 
-    from data_pipeline.steps.language import Language
-
-    lid.cached_asset_path_or_download = lambda *_, **__: str(Language().file)  # else it is downloaded
     blocks: list[BaseFilter] = [
-        LanguageFilter(["en"]),
+        language_filter(["en"]),
         GopherRepetitionFilter(),
         GopherQualityFilter(),
         C4QualityFilter(),

@@ -13,6 +13,7 @@ from typing import Any
 from conf.registry import register
 from data_pipeline.page import Page
 from data_pipeline.steps.base import DocumentStep
+from tools.yardstick import language_filter
 
 ADDRESSES = 10_000
 """Documents of the bench of addresses, whose texts do not matter."""
@@ -109,19 +110,12 @@ def trained(texts: list[str]) -> DocumentStep:
 def yardsticks() -> dict[str, Callable[[list[str]], object]]:
     """datatrove's blocks for the same work."""
     from datatrove.data import Document
-    from datatrove.pipeline.filters.language_filter import LanguageFilter
     from datatrove.pipeline.filters.url_filter import URLFilter
     from datatrove.pipeline.formatters.ftfy import FTFYFormatter
     from datatrove.pipeline.formatters.pii import PIIFormatter
-    from datatrove.utils.lid import FT176LID
-    from fasttext.FastText import _FastText
     from tldextract import TLDExtract
 
-    from data_pipeline.steps.language import Language
-
-    language = LanguageFilter(label_only=True)
-    assert isinstance(language.model, FT176LID)
-    language.model._model = _FastText(str(Language().file))  # in place of a download
+    language = language_filter()
     url = URLFilter(
         extra_domains=["example.com"],
         banned_words=["casino"],

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from data_pipeline.batch import IGNORED, MicroBatch
+from data_pipeline.text import TextWindows
+from data_pipeline.windows import BestFit, Stream, Trimmed, counted
+from tests.data import write_shard
 from tests.data_pipeline.chats import tokenizer
 from train.objectives.fim import SENTINELS, FillInTheMiddle
 from train.objectives.mlm import MaskedLM
@@ -120,6 +123,26 @@ def test_labels_are_the_next_token_of_the_rearranged_document():
     follows_BL = (batch.documents_BL[:, 1:] == batch.documents_BL[:, :-1]) & (batch.documents_BL[:, 1:] >= 0)
     assert torch.equal(batch.labels_BL[:, :-1][follows_BL], batch.tokens_BL[:, 1:][follows_BL])
     assert (batch.labels_BL[:, :-1][~follows_BL] == IGNORED).all(), "nothing is predicted across documents"
+
+
+LAYOUTS = {
+    "stream": Stream,
+    "best_fit": lambda shard, length: BestFit(shard, length, "split", counted),
+    "cut": lambda shard, length: Trimmed(shard, length, "cut", counted),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_end_of_a_rearranged_document_is_learned_however_windows_are_made(tmp_path, layout):
+    text = tokenizer()
+    documents = [[*range(20, 20 + n), text.eos] for n in (30, 12, 50, 9, 27, 44)]
+    made = LAYOUTS[layout](write_shard(tmp_path / "x", documents), 64)
+    given = TextWindows(made, text.vocabulary, text.pad, "x").micro_batch(range(len(made)))
+    batch = FillInTheMiddle(rate=1).prepare(given, 0, text)
+    assert not torch.equal(batch.tokens_BL, given.tokens_BL)
+    ends_BL = given.labels_BL == text.eos
+    assert ends_BL.sum() >= 5, "all but one that begins a window"
+    assert torch.equal(batch.labels_BL == text.eos, ends_BL)
 
 
 def test_about_the_given_share_of_documents_is_rearranged_half_of_them_suffix_first():

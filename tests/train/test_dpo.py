@@ -1,11 +1,15 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from data_pipeline.chat import ChatData
+from data_pipeline.mixture import MixtureData
 from data_pipeline.preference import PreferenceData
+from data_pipeline.text import TextData
 from parallel.engine import Outputs
 from tests.data_pipeline.chats import tokenizer, write_jsonl
 from tests.data_pipeline.test_preference import pair
@@ -121,8 +125,15 @@ def test_the_ranks_share_the_work_and_agree_with_one_rank(samples):
 
 
 def test_settings_that_cannot_work_are_problems():
-    assert [p.key for p in DPO(beta=0, label_smoothing=0.5).problems(None, 1)] == [
+    pairs = SimpleNamespace(data=PreferenceData())
+    assert [p.key for p in DPO(beta=0, label_smoothing=0.5).problems(pairs, 1)] == [
         "objective.beta",
         "objective.label_smoothing",
     ]
-    assert DPO().problems(None, 1) == []
+    assert DPO().problems(pairs, 1) == []
+
+
+@pytest.mark.parametrize("data", [TextData(), MixtureData(), ChatData()], ids=["text", "mixture", "chat"])
+def test_data_without_pairs_are_a_problem(data):
+    [problem] = DPO().problems(SimpleNamespace(data=data), 1)
+    assert problem.key == "objective" and "data=preference" in problem.fix

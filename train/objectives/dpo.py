@@ -17,6 +17,7 @@ from torch import Tensor
 
 from conf.errors import Problem
 from conf.registry import register
+from data_pipeline.preference import PreferenceData
 from train.objectives.base import Engine, LossTerms, MicroBatch, Objective, Outputs, PreferenceBatch, Samples
 
 PAIRS_PER_PASS = 16
@@ -43,6 +44,9 @@ class DPO(Objective):
             problems.append(Problem("objective.beta", self.beta, "greater than 0, for instance 0.1"))
         if not 0 <= self.label_smoothing < 0.5:
             problems.append(Problem("objective.label_smoothing", self.label_smoothing, "in [0, 0.5)"))
+        if not isinstance(config.data, PreferenceData):
+            fix = "it learns from pairs of answers: set data=preference, or another objective"
+            problems.append(Problem("objective", "dpo", fix))
         return problems
 
     def setup(self, engine: Engine, samples: Samples, directory: Path) -> "WithReference":

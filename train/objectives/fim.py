@@ -47,8 +47,9 @@ class FillInTheMiddle(CrossEntropy):
         ]
 
     def prepare(self, micro_batch: MicroBatch, seed: int, tokenizer: "Tokenizer") -> MicroBatch:
-        """Rearrange documents and label them anew. The token after a rearranged document's last one is not known where
-        the window cuts it: that position predicts nothing."""
+        """Rearrange documents and label them anew. Where the window cuts a rearranged document, the token after its
+        last one is not known, and that position predicts nothing; unless it is the end of the document, which stays
+        where it was."""
         sentinels = [tokenizer.special(name) for name in SENTINELS]
         tokens_BL, labels_BL = micro_batch.tokens_BL.numpy().copy(), micro_batch.labels_BL.numpy().copy()
         for tokens_L, labels_L, documents_L, sample in zip(
@@ -64,7 +65,8 @@ class FillInTheMiddle(CrossEntropy):
                 moved = self._rearranged(tokens_L[span], tokenizer.eos, sentinels, order < self.spm_rate, cuts)
                 if moved is not None:
                     tokens_L[span] = moved
-                    labels_L[span] = [*moved[1:], IGNORED]
+                    ends = labels_L[end - 1] == tokenizer.eos  # best fit: the end of the document is only a label
+                    labels_L[span] = [*moved[1:], tokenizer.eos if ends else IGNORED]
         return replace(micro_batch, tokens_BL=torch.from_numpy(tokens_BL), labels_BL=torch.from_numpy(labels_BL))
 
     @staticmethod

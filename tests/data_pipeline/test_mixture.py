@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import combinations, product
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,6 +62,43 @@ def test_each_source_gives_its_part_and_none_twice_before_all_once(corpora, toke
     early = [origin.source for origin in origins[:1000]]
     assert early.count("a") / 1000 == pytest.approx(0.6, abs=0.06)
     assert sum(origin.source == "c" for origin in origins) == 100
+
+
+def orders_of(corpora, tokenizer, seed, epochs=1):
+    """Window of each sample of each source of a mixture, by epoch: two sources are of one corpus."""
+    names = {"a": "a", "again": "a", "b": "b"}
+    sources = {name: MixtureSource(str(corpora / path)) for name, path in names.items()}
+    samples = MixtureData(sources=sources, sequence_length=8).open("train", tokenizer, seed)
+    found = {}
+    for place, (name, source) in enumerate(zip(samples.names, samples.sources, strict=True)):
+        drawn, windows = samples.drawn(np.arange(3 * epochs * len(samples.sources[0]) + 2048))
+        found[name] = windows[drawn == place][: epochs * len(source)].reshape(epochs, -1)
+    return found
+
+
+def test_every_epoch_seed_and_source_has_an_order_of_its_own(corpora, tokenizer):
+    """Two random orders of n agree in about one place; ours must in fewer than 20."""
+    mine, other = (orders_of(corpora, tokenizer, seed, epochs=3) for seed in (3, 4))
+    assert mine["a"].shape == mine["again"].shape and mine["a"].shape[1] > 500
+    for name, epochs_EK in mine.items():
+        count = epochs_EK.shape[1]
+        assert all(sorted(epoch) == list(range(count)) for epoch in epochs_EK.tolist())
+        different = [np.arange(count), *epochs_EK, *other[name]]
+        for first, second in combinations(different, 2):
+            assert (first == second).sum() < 20, name
+    for first, second in product(mine["a"], mine["again"]):
+        assert (first == second).sum() < 20, "sources of one length"
+
+
+def test_where_a_window_stands_in_the_order_says_nothing_of_which_it_is(corpora, tokenizer):
+    """Chi-square of 8 parts of the epoch against 8 parts of the corpus, over 10 seeds."""
+    table = np.zeros((8, 8))
+    for seed in range(10):
+        (order_K,) = orders_of(corpora, tokenizer, seed)["a"]
+        parts_K = np.arange(len(order_K)) * 8 // len(order_K)
+        np.add.at(table, (parts_K, parts_K[order_K]), 1)
+    expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
+    assert ((table - expected) ** 2 / expected).sum() < 85.4, "99.9% of random orders, 49 degrees of freedom"
 
 
 def test_a_sample_holds_the_tokens_that_its_origin_names(corpora, tokenizer):

@@ -216,10 +216,14 @@ def converted(
         return [], "unknown", "no_object", [fault]
     record = {key: value for key, value in row.value.items() if key not in rename.values()}
     record |= {ours: row.value[theirs] for ours, theirs in rename.items() if theirs in row.value}
-    name = form or recognised(record)
-    if name is None:
+    names = [form] if form else recognised(record)
+    if not names:
         keys = "; ".join(f"{name}: {', '.join(each.keys)}" for name, each in sorted(FORMATS.items()))
         return [], "unknown", "unknown_format", [f"has {', '.join(record) or 'no key'}; expected those of {keys}"]
+    if len(names) > 1:
+        fault = f"has the keys of {' and of '.join(names)}; expected those of one, or corpus.format set to either"
+        return [], "ambiguous", "ambiguous_format", [fault]
+    name = names[0]
     if missing := [key for key in FORMATS[name].keys if record.get(key) is None]:
         return [], name, "wrong_shape", [f"{key} is missing; format {name} has it" for key in missing]
     faults: list[str] = []

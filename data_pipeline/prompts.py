@@ -1,8 +1,6 @@
 """What of an example counts when prompts and answers are compared."""
 
-import json
 import unicodedata
-from collections.abc import Iterator
 from itertools import dropwhile, takewhile
 from typing import Any
 
@@ -26,12 +24,3 @@ def opening(record: dict[str, Any]) -> str:
     asked = dropwhile(lambda message: message["role"] != "user", said(record))
     first = [message["content"] for message in takewhile(lambda message: message["role"] == "user", asked)]
     return normalised("\n".join(first or [message["content"] for message in said(record)]))
-
-
-def answers(record: dict[str, Any]) -> Iterator[str]:
-    """What an example teaches, as texts: the answers of the assistant, or both sides of a preference."""
-    for key in ("messages", "chosen", "rejected", "completion"):
-        for message in record.get(key, []):
-            if message["role"] == "assistant":
-                calls = json.dumps(message["tool_calls"], sort_keys=True) if "tool_calls" in message else ""
-                yield message["content"] + calls

@@ -24,6 +24,6 @@ class Alpaca(Format):
             else:
                 faults.append(f"history[{number}] is {found(pair)}; expected [question, answer]")
         question = f"{instruction}\n\n{given}" if given.strip() else instruction
-        left = others(record, "instruction", "input", "output", "system", "history", "tools")
+        left = others(record, "instruction", "input", "output", "system", "history")
         said = [*head, says("user", question), says("assistant", answer)]
         return [Converted(CHAT, {"messages": said, **tools(record, faults), **left})]

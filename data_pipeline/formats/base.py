@@ -1,7 +1,7 @@
 """What a format is, and the parts that several share.
 
 A format has the names that its records hold, and turns a record into examples in our own shapes. Recognising is by
-names alone: of the formats whose names are all there, the one with the most of them.
+names alone: of the formats whose names are all there, the one with the most of them, if it is one.
 """
 
 import json
@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from conf.errors import LongrunError
 from data_pipeline.records import found
 
 CHAT, PREFERENCE, KTO = "chat", "preference", "kto"
@@ -28,11 +27,10 @@ ROLES = {
 }
 """What others call the roles that we call otherwise."""
 
+OWN = ("messages", "prompt", "chosen", "rejected", "completion", "label", "tools")
+"""Names that mean something in our own shapes."""
+
 Record = dict[str, Any]
-
-
-class FormatError(LongrunError):
-    """No format goes by this name."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,8 @@ class Format:
     """Names by which a record is recognised."""
 
     def convert(self, record: Record, faults: list[str]) -> list[Converted]:
-        """A record in our own shapes. What is no part of the format goes along unchanged.
+        """A record in our own shapes. What is no part of the format goes along unchanged, unless our own shapes use
+        its name.
 
         Args:
             record: has all `keys`; not changed.
@@ -78,14 +77,22 @@ def offered(name: str) -> Callable[[type[Format]], type[Format]]:
     return decorate
 
 
-def recognised(record: Record) -> str | None:
-    """Name of the format whose names are all in the record, the one with the most of them; None where none fits."""
-    fitting = [name for name, form in FORMATS.items() if all(record.get(key) is not None for key in form.keys)]
-    return max(fitting, key=lambda name: len(FORMATS[name].keys), default=None)
+def recognised(record: Record) -> list[str]:
+    """Names of the formats whose names are all in the record, those with the most of them: one, unless none fits or it
+    cannot be told. A null is as if absent, but for a label's: that one is missing, not another kind of example."""
+    there = {key for key, value in record.items() if value is not None or key == "label"}
+    fitting = sorted(name for name, form in FORMATS.items() if there.issuperset(form.keys))
+    most = max((len(FORMATS[name].keys) for name in fitting), default=0)
+    return [name for name in fitting if len(FORMATS[name].keys) == most]
 
 
 def others(record: Record, *taken: str) -> Record:
-    """What of a record is no part of its format: source, licence, id and the like. Tables write None for absent."""
+    """What of a record is no part of its format nor has a name of our own shapes: source, licence, id and the like."""
+    return rest(record, *OWN, *taken)
+
+
+def rest(record: Record, *taken: str) -> Record:
+    """What else there is. Tables write None for absent."""
     return {key: value for key, value in record.items() if key not in taken and value is not None}
 
 
@@ -141,7 +148,7 @@ def messages(value: Any, where: str, faults: list[str], role: str = "role", cont
             continue
         speaker = message.get(role)
         speaker = ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
-        turn = {"role": speaker, "content": message.get(content), **others(message, role, content)}
+        turn = {"role": speaker, "content": message.get(content), **rest(message, role, content)}
         if "tool_calls" in turn:
             turn["tool_calls"] = _calls(turn["tool_calls"], place, faults)
             if turn["tool_calls"] == []:
@@ -188,12 +195,12 @@ def _calls(value: Any, where: str, faults: list[str]) -> Any:
     for number, call in enumerate(value):
         if isinstance(call, dict) and "function" not in call and "name" in call:
             function = {"name": call["name"], "arguments": call.get("arguments")}
-            call = {"function": function, **others(call, "name", "arguments")}
+            call = {"function": function, **rest(call, "name", "arguments")}
         if isinstance(call, dict) and isinstance(call.get("function"), dict):
             arguments = call["function"].get("arguments")
             place = f"{where}.tool_calls[{number}].function.arguments"
             function = {**call["function"], "arguments": arguments_of(arguments, place, faults)}
-            call = {**others(call), "type": "function", "function": function}
+            call = {**rest(call), "type": "function", "function": function}
         converted.append(call)
     return converted
 

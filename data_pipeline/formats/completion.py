@@ -12,5 +12,4 @@ class Completion(Format):
     def convert(self, record: Record, faults: list[str]) -> list[Converted]:
         asked = turns(record["prompt"], "prompt", "user", faults)
         answer = turns(record["completion"], "completion", "assistant", faults)
-        left = others(record, "prompt", "completion", "tools")
-        return [Converted(CHAT, {"messages": asked + answer, **tools(record, faults), **left})]
+        return [Converted(CHAT, {"messages": asked + answer, **tools(record, faults), **others(record)})]

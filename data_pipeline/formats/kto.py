@@ -18,5 +18,5 @@ class Kto(Format):
         }
         if record["label"] not in (0, 1):
             faults.append(f"label is {found(record['label'])}; expected true or false")
-        left = others(record, "prompt", "completion", "label", "tools")
+        left = others(record)
         return [Converted(KTO, {**converted, **tools(record, faults), **left})]

@@ -11,4 +11,4 @@ class Messages(Format):
 
     def convert(self, record: Record, faults: list[str]) -> list[Converted]:
         converted = {"messages": messages(record["messages"], "messages", faults), **tools(record, faults)}
-        return [Converted(CHAT, {**converted, **others(record, "messages", "tools")})]
+        return [Converted(CHAT, {**converted, **others(record)})]

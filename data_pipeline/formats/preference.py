@@ -50,7 +50,7 @@ class Preference(Format):
                     "expected the same conversation on both sides, up to an answer of the assistant"
                 )
         answers = {side: said[repeated:] for side, said in sides.items()}
-        left = others(record, "prompt", "chosen", "rejected", "system", "tools")
+        left = others(record, "system")
         return [Converted(PREFERENCE, {"prompt": head + prompt, **answers, **tools(record, faults), **left})]
 
 

@@ -85,7 +85,7 @@ def _pairs(record: Record, scored: list[tuple[Any, float]], faults: list[str]) -
         faults.append(f"{len(scored)} answers; expected at least {LEAST} to compare")
     best_first = sorted(scored, key=lambda answer: -answer[1])
     shared = {"prompt": turns(record["prompt"], "prompt", "user", faults), **tools(record, faults)}
-    left = others(record, "prompt", "responses", "ranked", "scores", "ranks", "tools")
+    left = others(record, "responses", "ranked", "scores", "ranks")
     answers = [
         (turns(answer, f"answer {number} from the best", "assistant", faults), score)
         for number, (answer, score) in enumerate(best_first, 1)

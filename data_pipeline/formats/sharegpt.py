@@ -34,7 +34,7 @@ class ShareGPT(Format):
             if turn["role"] == "function_call":
                 calls = _calls(turn["content"], f"conversations[{number}]", faults)
                 turn |= {"role": "assistant", "content": "", "tool_calls": calls}
-        left = others(record, "conversations", "system", "tools")
+        left = others(record, "conversations", "system")
         return [Converted(CHAT, {"messages": head + converted, **tools(record, faults), **left})]
 
 

@@ -141,6 +141,15 @@ BAD = {
         "all answers are alike or ranked alike",
     ),
     "scores": ({"prompt": "What?", "responses": ["Yes.", "No."], "scores": [1]}, "expected a list of 2 numbers"),
+    "ambiguous": (
+        {"prompt": "What?", "completion": "Yes.", "chosen": "Yes.", "rejected": "No."},
+        "has the keys of completion and of preference; expected those of one, or corpus.format set to either",
+    ),
+    "ambiguous instruction": (
+        {"instruction": "What?", "output": "Yes.", "chosen": "Yes.", "rejected": "No."},
+        "has the keys of alpaca and of preference",
+    ),
+    "no label": ({"prompt": "What?", "completion": "Yes.", "label": None}, "label is missing; format kto has it"),
     "number": ({"prompt": "What?", "responses": ["Yes.", "No."], "scores": [1, "2"]}, "scores[1] is str"),
     "no score": ({"prompt": "What?", "responses": ["Yes.", "No."]}, 'responses[0] is str "Yes."; expected {"content"'),
 }
@@ -154,10 +163,27 @@ def converted(tmp_path, records, form: str = "", **rename) -> list[dict]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_record_is_recognised_and_becomes_one_of_ours(case, tmp_path):
     record, expected = CASES[case]
-    assert recognised(record) == case.split()[0]
+    assert recognised(record) == [case.split()[0]]
     before = json.dumps(record)
     assert converted(tmp_path, [record]) == expected
     assert json.dumps(record) == before
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_names_of_our_own_shapes_that_a_format_does_not_use_do_not_go_along(form, tmp_path):
+    record, expected = next(CASES[case] for case in CASES if case.split()[0] == form)
+    foreign = {
+        **dict.fromkeys(("messages", "chosen", "rejected"), [asks("Else?"), answers("Else.")]),
+        **{"prompt": "Else?", "completion": "Else.", "label": 1},
+    }
+    if form == "preference":  # a prompt is part of it
+        del foreign["prompt"]
+    assert converted(tmp_path, [foreign | record], form=form) == expected
+
+
+def test_ultrachat_is_its_messages(tmp_path):
+    record = {"prompt": "What?", "prompt_id": "7", "messages": TALK}
+    assert converted(tmp_path, [record]) == [{"messages": TALK, "prompt_id": "7"}]
 
 
 def test_every_format_is_among_the_cases():
@@ -181,7 +207,7 @@ def test_a_bad_record_is_told_with_line_and_expectation(case, tmp_path):
 
 
 def test_nulls_of_tables_are_as_if_absent(tmp_path):
-    record = {"prompt": "What?", "completion": "Yes.", "chosen": None, "rejected": None, "label": None, "tools": None}
+    record = {"prompt": "What?", "completion": "Yes.", "chosen": None, "rejected": None, "tools": None}
     assert converted(tmp_path, [record]) == [{"messages": TALK}]
     nulls = {"tool_calls": None, "tool_call_id": None}
     assert converted(tmp_path, [{"messages": [turn | nulls for turn in TALK]}]) == [{"messages": TALK}]

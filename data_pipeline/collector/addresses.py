@@ -2,20 +2,28 @@
 
 import ipaddress
 import socket
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
+from contextvars import ContextVar
 from fnmatch import fnmatch
+from typing import Self
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import NewConnectionError
 from urllib3.poolmanager import PoolManager
+from urllib3.response import HTTPResponse
 
 PORTS = {"http": 80, "https": 443}
 LONGEST = 2000
 """Characters of an address; a longer one comes out of a loop of links."""
 SAFE = "%/:=&?~#+!$,;'@()*[]|"
 """Characters that are left as they are."""
+
+ENDS_IN_IPV4 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96"))
+"""NAT64 (RFC 6052), and the compatible addresses of RFC 4291."""
 
 
 class PrivateAddressError(Exception):
@@ -57,11 +65,69 @@ def among(url: str, hosts: Sequence[str]) -> bool:
 def public(address: str) -> bool:
     """Whether an IP address belongs to the public internet."""
     found = ipaddress.ip_address(address.split("%")[0])
-    mapped = getattr(found, "ipv4_mapped", None) or found
-    return mapped.is_global and not mapped.is_multicast
+    if isinstance(found, ipaddress.IPv6Address):
+        inner = found.ipv4_mapped or found.sixtofour
+        if any(found in network for network in ENDS_IN_IPV4):
+            inner = ipaddress.IPv4Address(int(found) % 2**32)
+        found = inner or found
+    return found.is_global and not found.is_multicast
 
 
-class _Guarded:
+_deadline: "ContextVar[Deadline | None]" = ContextVar("deadline", default=None)
+
+
+class Deadline:
+    """Hangs up on a server when time is over, also one that never ceases to send a little of its answer.
+
+    Args:
+        seconds: for all that is asked within.
+    """
+
+    def __init__(self, seconds: float):
+        self.over = False
+        self._open = True
+        self._line: socket.socket | None = None
+        self._lock = threading.Lock()
+        self._timer = threading.Timer(seconds, self._hang_up)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Self:
+        self._token = _deadline.set(self)
+        self._timer.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._open = False
+        self._timer.cancel()
+        _deadline.reset(self._token)
+
+    def watch(self, line: socket.socket | None) -> None:
+        """What to hang up on."""
+        self._line = line
+        if self.over:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        with self._lock:
+            if not self._open:
+                return
+            self.over = True
+            if self._line is not None:
+                with suppress(OSError):
+                    socket.socket.shutdown(self._line, socket.SHUT_RDWR)  # beneath TLS, which another thread is using
+
+
+class _Watched:
+    """Answers within the time that is set."""
+
+    def getresponse(self) -> HTTPResponse:
+        if deadline := _deadline.get():
+            deadline.watch(self.sock)  # type: ignore[attr-defined]
+        return super().getresponse()  # type: ignore[misc, no-any-return]
+
+
+class _Guarded(_Watched):
     """Connects to nothing but the public internet. What is checked is the address that is then connected to: a name
     that leads elsewhere the second time it is looked up gains nothing."""
 
@@ -83,11 +149,19 @@ class _Guarded:
         raise NewConnectionError(self, f"cannot connect to {host}: {failure}")  # type: ignore[arg-type]
 
 
-class _Http(_Guarded, HTTPConnection):
+class _Http(_Guarded, HTTPConnection):  # type: ignore[misc]
     pass
 
 
-class _Https(_Guarded, HTTPSConnection):
+class _Https(_Guarded, HTTPSConnection):  # type: ignore[misc]
+    pass
+
+
+class _AnyHttp(_Watched, HTTPConnection):  # type: ignore[misc]
+    pass
+
+
+class _AnyHttps(_Watched, HTTPSConnection):  # type: ignore[misc]
     pass
 
 
@@ -99,6 +173,14 @@ class _HttpsPool(HTTPSConnectionPool):
     ConnectionCls = _Https
 
 
+class _AnyHttpPool(HTTPConnectionPool):
+    ConnectionCls = _AnyHttp
+
+
+class _AnyHttpsPool(HTTPSConnectionPool):
+    ConnectionCls = _AnyHttps
+
+
 def pool(private: bool, connections: int) -> PoolManager:
     """What makes connections.
 
@@ -107,6 +189,6 @@ def pool(private: bool, connections: int) -> PoolManager:
         connections: most hosts that are asked at the same time.
     """
     manager = PoolManager(num_pools=4 * connections, maxsize=1, retries=False)
-    if not private:
-        manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
+    kinds = (_AnyHttpPool, _AnyHttpsPool) if private else (_HttpPool, _HttpsPool)
+    manager.pool_classes_by_scheme = dict(zip(("http", "https"), kinds, strict=True))
     return manager

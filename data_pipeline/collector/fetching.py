@@ -1,13 +1,12 @@
 """One request: bounded in bytes and time, whatever the server does."""
 
-import time
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 
 import urllib3
 from urllib3.exceptions import HTTPError
 
-from data_pipeline.collector.addresses import PrivateAddressError
+from data_pipeline.collector.addresses import Deadline, PrivateAddressError
 
 BLOCK = 2**16
 """Bytes read at a time."""
@@ -25,6 +24,7 @@ class Answer:
         fault: why there is no whole answer; empty if there is.
         lasting: of a fault, whether asking again is of no use.
         reason: what the server calls the status.
+        received: bytes of the body, also where not all of it came.
     """
 
     url: str
@@ -34,6 +34,7 @@ class Answer:
     fault: str = ""
     lasting: bool = False
     reason: str = ""
+    received: int = 0
 
     def header(self, name: str) -> str:
         """The value of a header; empty where it was not sent."""
@@ -65,32 +66,36 @@ def fetch(pool: urllib3.PoolManager, url: str, headers: dict[str, str], most_byt
         most_bytes: of the body; a longer one is a fault.
         timeout_s: for all of it, in seconds.
     """
-    end = time.monotonic() + timeout_s
-    try:
-        response = pool.request(
-            "GET",
-            url,
-            headers={"Accept-Encoding": "gzip, deflate", **headers},
-            preload_content=False,
-            decode_content=False,
-            redirect=False,
-            retries=False,
-            timeout=urllib3.Timeout(total=timeout_s),
-        )
+    parts: list[bytes] = []
+    status = received = 0
+    with Deadline(timeout_s) as deadline:
         try:
-            parts, size = [], 0
-            while block := response.read1(BLOCK, decode_content=False):
-                parts.append(block)
-                size += len(block)
-                if size > most_bytes:
-                    return Answer(url, response.status, fault=f"more than {most_bytes:,} bytes", lasting=True)
-                if time.monotonic() > end:
-                    return Answer(url, response.status, fault=f"not done within {timeout_s:g} s")
-            headers_in = [(str(key), str(value)) for key, value in response.headers.items()]
-            return Answer(url, response.status, headers_in, b"".join(parts), reason=response.reason or "")
-        finally:
-            response.close()
-    except PrivateAddressError as error:
-        return Answer(url, fault=str(error), lasting=True)
-    except (HTTPError, OSError, ValueError) as error:
-        return Answer(url, fault=f"{type(error).__name__}: {error}"[:500])
+            response = pool.request(
+                "GET",
+                url,
+                headers={"Accept-Encoding": "gzip, deflate", **headers},
+                preload_content=False,
+                decode_content=False,
+                redirect=False,
+                retries=False,
+                timeout=urllib3.Timeout(total=timeout_s),
+            )
+            status, fault, lasting = response.status, "", False
+            try:
+                while not fault and (block := response.read1(BLOCK, decode_content=False)):
+                    parts.append(block)
+                    received += len(block)
+                    lasting = received > most_bytes
+                    fault = f"more than {most_bytes:,} bytes" if lasting else ""
+            finally:
+                response.close()
+        except PrivateAddressError as error:
+            fault, lasting = str(error), True
+        except (HTTPError, OSError, ValueError) as error:
+            fault, lasting = f"{type(error).__name__}: {error}"[:500], False
+    if deadline.over and not lasting:
+        fault = f"not done within {timeout_s:g} s"
+    if fault:
+        return Answer(url, status, fault=fault, lasting=lasting, received=received)
+    headers_in = [(str(key), str(value)) for key, value in response.headers.items()]
+    return Answer(url, status, headers_in, b"".join(parts), reason=response.reason or "", received=received)

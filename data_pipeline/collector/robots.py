@@ -1,11 +1,14 @@
 """What a host allows: robots.txt (RFC 9309), and what pages say of themselves."""
 
+import math
 from dataclasses import dataclass
 
 from lxml import etree, html
 from protego import Protego
 
 from data_pipeline.collector.fetching import Answer
+from data_pipeline.readers.streams import DamageError
+from data_pipeline.readers.warc import unpacked_body
 
 LARGEST_ROBOTS = 500 * 1024
 """Bytes; RFC 9309 asks for at least as many, and what comes after may be ignored."""
@@ -33,7 +36,11 @@ class Rules:
     def of(cls, answer: Answer, agent: str) -> "Rules":
         """A file that is not there allows all; a server that fails allows nothing until it is well (section 2.3.1)."""
         if answer.status == 200 and not answer.fault:
-            return cls(answer.body[:LARGEST_ROBOTS].decode("utf-8", "replace"), agent)
+            try:
+                content = unpacked_body(answer.body, answer.header("content-encoding"))
+            except DamageError:
+                return cls(None, agent)
+            return cls(content[:LARGEST_ROBOTS].decode("utf-8", "replace"), agent)
         return cls("" if 400 <= answer.status < 500 and answer.status != 429 else None, agent)
 
     @property
@@ -48,9 +55,11 @@ class Rules:
         """Seconds that it asks for between two requests."""
         rules = self.parsed
         rate = rules.request_rate(self.agent)
-        return max(
-            rules.crawl_delay(self.agent) or 0.0, rate.seconds / rate.requests if rate and rate.requests else 0.0
-        )
+        try:
+            between = rate.seconds / rate.requests if rate and rate.requests else 0.0
+        except OverflowError:
+            between = math.inf
+        return max(rules.crawl_delay(self.agent) or 0.0, between)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Round:
                 wake = self._start(threads, busy)
                 if not busy and wake is None:
                     break
-                timeout = None if wake is None else max(0.0, wake - time.time())
+                timeout = None if wake is None else min(LONGEST_WAIT_S, max(0.0, wake - time.time()))
                 if not busy:
                     time.sleep(timeout or 0.0)
                     continue
@@ -121,6 +121,9 @@ class Round:
         if now - host["asked"] > ROBOTS_LIFE_S:
             return Job(name, None)
         rules = Rules(host["robots"], self.settings.agent)
+        if rules.delay_s > LONGEST_WAIT_S:
+            self.frontier.give_up(name, "refused", f"robots.txt asks for {rules.delay_s:,.0f} s between two requests")
+            return None
         while (found := self.frontier.next(name, now)) is not None:
             if rules.allow(found.url):
                 return Job(name, found)
@@ -146,10 +149,12 @@ class Round:
 
     def _take(self, job: Job, answer: Answer) -> None:
         with self.frontier.together():
+            self.facts["bytes"] += answer.received
             if job.page is None:
                 self._take_robots(job.host, answer)
             else:
                 self._take_page(job.page, answer)
+            self.frontier.note_round(self.name, **self.facts)
 
     def _take_robots(self, host: str, answer: Answer) -> None:
         now, rules = time.time(), Rules.of(answer, self.settings.agent)
@@ -157,7 +162,8 @@ class Round:
             self.frontier.note_host(host, robots=rules.text, asked=now, tries=0, not_before=now + self._delay(rules))
             return
         tries = self.frontier.host(host)["tries"] + 1
-        why = f"robots.txt cannot be had: {answer.fault or f'status {answer.status}'}"
+        status = "it cannot be unpacked" if answer.status == 200 else f"status {answer.status}"
+        why = f"robots.txt cannot be had: {answer.fault or status}"
         if tries > self.settings.retries or answer.lasting:
             self.frontier.give_up(host, "failed", why)
         self.frontier.note_host(host, tries=tries, not_before=now + self._backoff(tries, answer, now))
@@ -166,7 +172,6 @@ class Round:
         now = time.time()
         rules = Rules(self.frontier.host(known.host)["robots"], self.settings.agent)
         self.facts["asked"] += 1
-        self.facts["bytes"] += len(answer.body)
         next_s = now + self._delay(rules)
         if answer.passing and known.tries < self.settings.retries:
             later = now + self._backoff(known.tries + 1, answer, now)
@@ -175,7 +180,6 @@ class Round:
         else:
             self.frontier.note(known.url, asked=now, **self._settled(known, answer, now))
         self.frontier.note_host(known.host, not_before=next_s)
-        self.frontier.note_round(self.name, **self.facts)
 
     def _settled(self, known: Known, answer: Answer, now: float) -> dict[str, Any]:
         """What becomes of a page that was answered, or will not be; stores it and adds its links."""
@@ -228,7 +232,9 @@ class Round:
                 self.frontier.add(url, depth)
 
     def _delay(self, rules: Rules) -> float:
-        return max(self.settings.delay_s, rules.delay_s)
+        """Seconds until a host may be asked again; one that asks for too much will not be."""
+        asked = rules.delay_s
+        return max(self.settings.delay_s, asked if asked <= LONGEST_WAIT_S else 0.0)
 
     def _backoff(self, tries: int, answer: Answer, now: float) -> float:
         """Seconds until the next try: twice as long each time, and no sooner than the server asks for."""

@@ -4,11 +4,12 @@ import gzip
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
@@ -21,7 +22,7 @@ from conf.errors import ConfigError
 from data_pipeline.artifact import Artifact
 from data_pipeline.collector import addresses
 from data_pipeline.collector.addresses import among, normal, public
-from data_pipeline.collector.fetching import Answer
+from data_pipeline.collector.fetching import Answer, fetch
 from data_pipeline.collector.robots import Rules
 from data_pipeline.collector.rounds import Round
 from data_pipeline.config import PipelineConfig
@@ -166,6 +167,58 @@ def test_a_host_whose_robots_txt_fails_is_not_asked_for_a_page(site, tmp_path):
     assert result["pages"] == {"failed": 1}
 
 
+def test_a_packed_robots_txt_is_obeyed_and_a_damaged_one_allows_nothing(site, tmp_path):
+    packed = gzip.compress(b"User-agent: *\nDisallow: /a")
+    site.pages["/robots.txt"] = (200, {"Content-Encoding": "gzip"}, packed)
+    site.pages["/"] = ok(html("the beginning", "/a"))
+    assert round_of(collect(site), tmp_path / "crawl")["pages"] == {"done": 1, "refused": 1}
+    site.pages["/robots.txt"] = (200, {"Content-Encoding": "gzip"}, packed[:-12])
+    assert round_of(collect(site, retries=0), tmp_path / "damaged")["pages"] == {"failed": 1}
+    assert site.paths == ["/robots.txt", "/", "/robots.txt"]
+
+
+@pytest.mark.parametrize("asked", ["Crawl-delay: 99999999999", f"Request-rate: 1/{'9' * 400}"])
+def test_a_host_that_asks_for_too_long_a_delay_is_given_up(site, tmp_path, asked):
+    site.pages["/robots.txt"] = (200, {}, f"User-agent: *\n{asked}".encode())
+    assert round_of(collect(site), tmp_path / "crawl")["pages"] == {"refused": 1}
+    assert site.paths == ["/robots.txt"]
+
+
+@pytest.mark.parametrize(
+    ("first", "drop"),
+    [
+        (b"HTTP/1.1 200 OK\r\nX-Long: ", b"x"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),
+    ],
+)
+def test_a_server_that_drips_is_hung_up_on(first, drop):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip():
+            line, _ = server.accept()
+            with line, suppress(OSError):
+                line.sendall(first)
+                while True:
+                    line.sendall(drop)
+                    time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        begin = time.monotonic()
+        answer = fetch(addresses.pool(True, 1), url, {}, 10**6, timeout_s=1)
+        assert time.monotonic() - begin < 1.5
+    assert answer.fault == "not done within 1 s" and answer.passing
+
+
+def test_what_is_received_in_vain_counts_among_the_bytes(site, tmp_path):
+    site.pages["/robots.txt"] = (404, {}, b"x" * 100)
+    site.pages["/"] = (200, {"Content-Length": "99999"}, b"x" * 1000)
+    result = round_of(collect(site, retries=1), tmp_path / "crawl")
+    assert result["pages"] == {"failed": 1}
+    assert result["rounds"][0]["bytes"] == 100 + 2 * 1000
+
+
 def test_one_host_waits_while_others_are_asked(tmp_path):
     with served() as slow, served("127.0.0.2") as quick:
         for one in (slow, quick):
@@ -275,6 +328,10 @@ def test_private_machines_are_not_asked_unless_allowed(site, tmp_path):
         ("fe80::1%eth0", False),
         ("224.0.0.1", False),
         ("2606:2800:220:1:248:1893:25c8:1946", True),
+        ("64:ff9b::7f00:1", False),
+        ("64:ff9b::808:808", True),
+        ("2002:7f00:1::", False),
+        ("::127.0.0.1", False),
     ],
 )
 def test_addresses_of_the_public_internet_are_told(address, expected):

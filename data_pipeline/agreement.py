@@ -81,7 +81,12 @@ def krippendorff_alpha(votes: Votes, level: str = NOMINAL) -> float | None:
 
     Returns:
         alpha, None where no item has two votes, or only one label is in use.
+
+    Raises:
+        ValueError: there is no such level.
     """
+    if level not in LEVELS:
+        raise ValueError(f"no level of measurement {level!r}; expected one of {', '.join(LEVELS)}")
     counts, categories = category_counts(votes)
     if len(categories) < 2:
         return None

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Message = dict[str, Any]
-"""{"role": "system" | "user" | "assistant" | "tool", "content": text}; calls of tools as in `tool_calls.py`."""
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text}; calls of tools as in `tool_calls.py`. As in
+OpenAI's protocol, of an assistant turn with "weight": 0 nothing is learned."""
 Tools = Sequence[dict[str, Any]]
 
 CHATML = template("chatml")
@@ -118,7 +119,7 @@ def encode(
     tokens = encoding.ids
     learned = [False] * len(tokens)
     for i, (start, end) in zip(said, spans, strict=True):
-        if i >= first:
+        if i >= first and messages[i].get("weight", 1) != 0:
             if marked:
                 begin, stop = _covered(encoding, start, end)
             else:
@@ -206,6 +207,8 @@ def chat_faults(record: Any) -> list[str]:
         if without_assistant(record["messages"]):
             roles = ", ".join(message["role"] for message in record["messages"])
             faults.append(f"no assistant turn among [{roles}]; expected at least one, to be learned")
+        elif all(message.get("weight", 1) == 0 for message in record["messages"] if message["role"] == "assistant"):
+            faults.append("no assistant turn of a weight other than 0; expected at least one, to be learned")
     return faults
 
 

@@ -90,6 +90,8 @@ def message_faults(messages: Any, field: str) -> list[str]:
             faults.append(f"{where}.content is {found(content)}; expected text")
         elif message.get("role") == "assistant" and not content.strip() and "tool_calls" not in message:
             faults.append(f"{where} is an empty assistant turn; expected text to learn, or no such turn")
+        if "weight" in message and message["weight"] not in (0, 1):
+            faults.append(f"{where}.weight is {found(message['weight'])}; expected 0 or 1")
         if "tool_calls" in message:
             faults += call_faults(message["tool_calls"], where)
             if message.get("role") != "assistant":

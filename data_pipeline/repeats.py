@@ -37,7 +37,7 @@ def _said(message: Record) -> list[Any]:
     said = message["content"]
     same = " ".join(said.split()) if message["role"] == "assistant" else normalised(said)
     calls = [call["function"] for call in message.get("tool_calls", [])]
-    return [message["role"], same, calls]
+    return [message["role"], same, calls, message.get("weight", 1)]
 
 
 def duplicates(examples: Sequence[Example]) -> dict[int, Drop]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.agreement import Label
-from data_pipeline.records import RecordError, found, listed
+from data_pipeline.formats.base import turns
+from data_pipeline.records import RecordError, found, listed, message_faults
 from data_pipeline.rows import rows
 
 SIDES = ("a", "b")
@@ -77,12 +78,22 @@ def _item_faults(item: Any, known: Mapping[str, Any]) -> list[str]:
         faults.append(f"id is {found(item.get('id'))}; expected text")
     elif item["id"] in known:
         faults.append(f"id {item['id']} was given before; expected one item an id")
-    if "prompt" not in item:
-        faults.append("prompt is missing; expected text or messages")
+    faults += _said_faults(item.get("prompt"), "prompt", "user")
     answers = item.get("responses")
     if not isinstance(answers, list) or len(answers) != len(SIDES):
-        faults.append(f"responses is {found(answers)}; expected two answers, a and b")
+        return [*faults, f"responses is {found(answers)}; expected two answers, a and b"]
+    for number, answer in enumerate(answers):
+        faults += _said_faults(answer, f"responses[{number}]", "assistant")
     return faults
+
+
+def _said_faults(value: Any, where: str, role: str) -> list[str]:
+    """What keeps a value from being text or messages; see `turns`."""
+    if not isinstance(value, str | list):
+        return [f"{where} is {found(value)}; expected text or messages"]
+    faults: list[str] = []
+    said = turns(value, where, role, faults)
+    return faults or message_faults(said, where)
 
 
 def _vote_faults(vote: Any, votes: Mapping[str, Mapping[str, Label]]) -> list[str]:

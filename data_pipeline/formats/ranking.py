@@ -14,6 +14,8 @@ from typing import Any
 from data_pipeline.formats.base import PREFERENCE, Converted, Format, Record, offered, others, tools, turns
 from data_pipeline.records import found
 
+MARKS = ("score", "rank")
+"""What answers may carry, the first where all have both."""
 LEAST = 2
 """Answers that make an order."""
 
@@ -49,7 +51,9 @@ def _scored(record: Record, faults: list[str]) -> list[tuple[Any, float]]:
         return []
     key = next((key for key in ("scores", "ranks") if record.get(key) is not None), None)
     if key is None:
-        return [_marked(answer, f"responses[{number}]", faults) for number, answer in enumerate(answers)]
+        carried = [{key for key in MARKS if isinstance(a, dict) and a.get(key) is not None} for a in answers]
+        key = next((key for key in MARKS if all(key in keys for keys in carried)), MARKS[0])
+        return [_marked(answer, f"responses[{number}]", key, faults) for number, answer in enumerate(answers)]
     marks = record[key]
     if not isinstance(marks, list) or len(marks) != len(answers):
         faults.append(f"{key} is {found(marks)}; expected a list of {len(answers)} numbers, one an answer")
@@ -58,15 +62,15 @@ def _scored(record: Record, faults: list[str]) -> list[tuple[Any, float]]:
     return list(zip(answers, numbers, strict=True))
 
 
-def _marked(answer: Any, where: str, faults: list[str]) -> tuple[Any, float]:
-    """An answer that brings its own score or rank."""
+def _marked(answer: Any, where: str, key: str, faults: list[str]) -> tuple[Any, float]:
+    """An answer that brings its own score or rank, whichever of them all answers of the record have."""
     if isinstance(answer, dict):
-        key = next((key for key in ("score", "rank") if answer.get(key) is not None), None)
         content = next((answer[name] for name in ("content", "text", "response") if name in answer), None)
-        if key and content is not None:
+        if answer.get(key) is not None and content is not None:
             return content, _number(answer[key], f"{where}.{key}", key, faults)
     faults.append(
-        f'{where} is {found(answer)}; expected {{"content": ..., "score": ...}}, or scores or ranks beside responses'
+        f'{where} is {found(answer)}; expected {{"content": ..., "score": ...}} as every answer, or a rank in all, '
+        "or scores or ranks beside responses"
     )
     return answer, 0.0
 
@@ -80,7 +84,7 @@ def _number(value: Any, where: str, key: str, faults: list[str]) -> float:
 
 
 def _pairs(record: Record, scored: list[tuple[Any, float]], faults: list[str]) -> list[Converted]:
-    """Every two answers of different rank, the better first."""
+    """Every two answers of different rank, the better first; each pair once, and none that is there both ways round."""
     if len(scored) < LEAST and not faults:
         faults.append(f"{len(scored)} answers; expected at least {LEAST} to compare")
     best_first = sorted(scored, key=lambda answer: -answer[1])
@@ -90,10 +94,14 @@ def _pairs(record: Record, scored: list[tuple[Any, float]], faults: list[str]) -
         (turns(answer, f"answer {number} from the best", "assistant", faults), score)
         for number, (answer, score) in enumerate(best_first, 1)
     ]
+    ordered: list[tuple[list[Record], list[Record]]] = []
+    for (better, high), (worse, low) in combinations(answers, 2):
+        if high > low and better != worse and (better, worse) not in ordered:
+            ordered.append((better, worse))
     pairs = [
         {**shared, "chosen": better, "rejected": worse, **left}
-        for (better, high), (worse, low) in combinations(answers, 2)
-        if high > low and better != worse
+        for better, worse in ordered
+        if (worse, better) not in ordered
     ]
     if not pairs and not faults:
         faults.append("all answers are alike or ranked alike; expected two that differ in both")

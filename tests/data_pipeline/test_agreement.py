@@ -108,6 +108,12 @@ def test_what_cannot_be_measured_is_none_and_not_a_number():
         assert fleiss_kappa(votes) is krippendorff_alpha(votes) is cohen_kappa(votes, "A", "B")[0] is None
 
 
+@pytest.mark.parametrize("level", ["ratio", "Nominal", ""])
+def test_an_unknown_level_is_refused(level):
+    with pytest.raises(ValueError, match="expected one of nominal, ordinal, interval"):
+        krippendorff_alpha(observers(), level)
+
+
 def test_numbers_are_ordered_as_numbers_whatever_their_type():
     rows = {"A": [1, 2.5, 3, 3], "B": [1.0, 3, 2.5, 3]}
     whole = {name: [10 * x for x in row] for name, row in rows.items()}

@@ -59,6 +59,14 @@ def test_earlier_turns_may_be_context_only():
     assert said(chatml, encode(tokenizer(MARKED), CONVERSATION, first=3)) == "Lazy, d'oh! Über<|im_end|>"
 
 
+@pytest.mark.parametrize("template", [MARKED, UNMARKED], ids=["marked", "unmarked"])
+def test_a_turn_of_weight_0_is_context_and_one_of_weight_1_is_learned(template):
+    chatml = tokenizer(template)
+    weighted = [message | {"weight": int(number != 2)} for number, message in enumerate(CONVERSATION)]
+    assert encode(chatml, weighted).tokens == encode(chatml, CONVERSATION).tokens
+    assert said(chatml, encode(chatml, weighted)) == "Lazy, d'oh! Über<|im_end|>"
+
+
 @pytest.mark.parametrize("content", ["\n\n\nWhat", "  Yes", "\n", "4", "é", "\t\n Yes"])
 @pytest.mark.parametrize("template", [CHATML, UNMARKED], ids=["marked", "unmarked"])
 def test_an_answer_that_starts_with_white_space_is_learned_whole(content, template):

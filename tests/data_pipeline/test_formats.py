@@ -106,6 +106,10 @@ CASES = {
         [PAIR, {**PAIR, "rejected": [answers("Fox.")]}],
     ),
     "ranking by ranks": ({"prompt": "What?", "responses": ["No.", "Yes."], "ranks": [2, 1]}, [PAIR]),
+    "ranking of answers that are there twice": (
+        {"prompt": "What?", "responses": ["Yes.", "No.", "Yes.", "No."], "scores": [3, 1, 2, 1]},
+        [PAIR],
+    ),
     "ranking with scores inside": (
         {"prompt": "What?", "responses": [{"text": "No.", "score": 0}, {"text": "Yes.", "score": 1}]},
         [PAIR],
@@ -151,6 +155,16 @@ BAD = {
     ),
     "no label": ({"prompt": "What?", "completion": "Yes.", "label": None}, "label is missing; format kto has it"),
     "number": ({"prompt": "What?", "responses": ["Yes.", "No."], "scores": [1, "2"]}, "scores[1] is str"),
+    "scores and ranks": (
+        {"prompt": "What?", "responses": [{"text": "No.", "rank": 2}, {"text": "Yes.", "score": 1}]},
+        'responses[0] is dict {"text": "No.", "rank": 2}; expected {"content": ..., "score": ...} as every answer',
+    ),
+    "contradiction": (
+        {"prompt": "What?", "ranked": ["Yes.", "No.", "Yes."]},
+        "all answers are alike or ranked alike",
+    ),
+    "weight": ({"messages": [TALK[0], TALK[1] | {"weight": 0.5}]}, "messages[1].weight is float 0.5; expected 0 or 1"),
+    "no weight": ({"messages": [TALK[0], TALK[1] | {"weight": 0}]}, "no assistant turn of a weight other than 0"),
     "no score": ({"prompt": "What?", "responses": ["Yes.", "No."]}, 'responses[0] is str "Yes."; expected {"content"'),
 }
 
@@ -172,10 +186,8 @@ def test_a_record_is_recognised_and_becomes_one_of_ours(case, tmp_path):
 @pytest.mark.parametrize("form", FORMATS)
 def test_names_of_our_own_shapes_that_a_format_does_not_use_do_not_go_along(form, tmp_path):
     record, expected = next(CASES[case] for case in CASES if case.split()[0] == form)
-    foreign = {
-        **dict.fromkeys(("messages", "chosen", "rejected"), [asks("Else?"), answers("Else.")]),
-        **{"prompt": "Else?", "completion": "Else.", "label": 1},
-    }
+    foreign = {"prompt": "Else?", "completion": "Else.", "label": 1}
+    foreign |= {key: [asks("Else?"), answers("Else.")] for key in ("messages", "chosen", "rejected")}
     if form == "preference":  # a prompt is part of it
         del foreign["prompt"]
     assert converted(tmp_path, [foreign | record], form=form) == expected

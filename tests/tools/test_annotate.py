@@ -69,6 +69,23 @@ def test_damaged_votes_are_refused_before_anything_is_asked(config, monkeypatch)
         typed(monkeypatch, config, "1")
 
 
+@pytest.mark.parametrize(
+    ("item", "fault"),
+    [
+        ({"prompt": 5}, "prompt is int 5; expected text or messages"),
+        ({"prompt": None}, "prompt is missing; expected text or messages"),
+        ({"prompt": [{"from": "human", "value": "What?"}]}, "prompt[0].role is None; expected one of system"),
+        ({"responses": ["good", 3]}, "responses[1] is int 3; expected text or messages"),
+        ({"responses": ["good", [{"role": "assistant", "content": 3}]]}, "responses[1][0].content is int 3"),
+    ],
+)
+def test_an_item_that_cannot_be_shown_is_refused_by_line(item, fault, config, monkeypatch):
+    write_jsonl(Path(config.items), [ITEMS[0], ITEMS[1] | item])
+    with pytest.raises(RecordError) as caught:
+        typed(monkeypatch, config, "1")
+    assert f"items.jsonl:2: {fault}" in str(caught.value)
+
+
 def test_it_runs_as_a_command(config):
     arguments = [f"items={config.items}", f"votes={config.votes}", "annotator=ann"]
     ran = subprocess.run(

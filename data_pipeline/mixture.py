@@ -194,7 +194,10 @@ class MixtureData:
             )
             found.append(Problem("stage.steps", stage.steps, fix))
         for number, change in enumerate(self.changes()[1:]):
-            if there <= change.begin:
+            if needed <= change.begin:
+                fix = f"less than the {needed * self.sequence_length:,} tokens of the run, or leave the stage out"
+                found.append(Problem(f"data.stages[{number}].begin", self.stages[number].begin, fix))
+            elif there <= change.begin:
                 fix = f"the sources before it have given all they may after {there * self.sequence_length:,} tokens"
                 found.append(Problem(f"data.stages[{number}].begin", self.stages[number].begin, fix))
         return found

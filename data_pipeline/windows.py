@@ -227,17 +227,26 @@ def counted(count: Callable[[int], int], blocks: int) -> NDArray[np.int64]:
 
 
 def remembered(file: Path) -> Counted:
-    """The counts are kept in a file, which may be deleted at the price of counting again."""
+    """The counts are kept in a file. Where it is gone or damaged, they are counted again."""
 
     def given(count: Callable[[int], int], blocks: int) -> NDArray[np.int64]:
         if file.exists():
-            return np.load(file)
+            try:
+                counts_B = np.load(file)
+            except (OSError, ValueError, EOFError) as error:
+                log.warning("%s cannot be read (%s): the documents are counted again", file, error)
+            else:
+                if counts_B.shape == (blocks,) and counts_B.dtype == np.int64:
+                    return counts_B
+                log.warning("%s does not hold %d counts: the documents are counted again", file, blocks)
         counts_B = counted(count, blocks)
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         try:
             file.parent.mkdir(exist_ok=True)
             with open(temporary, "wb") as stream:
                 np.save(stream, counts_B)
+                stream.flush()
+                os.fsync(stream.fileno())
             os.replace(temporary, file)
         except OSError as error:
             log.warning("%s cannot be written (%s): the documents are counted again at the next start", file, error)

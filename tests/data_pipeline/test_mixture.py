@@ -262,6 +262,14 @@ def test_a_run_that_needs_more_than_the_caps_allow_is_refused(corpora):
     (problem,) = data.problems(config(steps=26), 1)
     assert (problem.key, problem.found) == ("stage.steps", 26)
     assert "needs 208 samples" in problem.fix and "allow 200: at most 25 steps" in problem.fix
-    late = replace(data, stages=[MixtureStage(1e6, {"a": 1.0})])
-    (problem,) = late.problems(config(), 1)
-    assert problem.key == "data.stages[0].begin" and "6,400 tokens" in problem.fix
+    late = replace(data, stages=[MixtureStage(210 * LENGTH, {"a": 1.0})])
+    shortage, problem = late.problems(config(steps=30), 1)
+    assert shortage.key == "stage.steps"
+    assert problem.key == "data.stages[0].begin" and "after 6,400 tokens" in problem.fix
+
+
+def test_a_stage_that_begins_when_the_run_has_ended_is_refused(corpora):
+    base = mixture(corpora)
+    assert base.problems(config(steps=188), 1) == []
+    (problem,) = base.problems(config(steps=187), 1)
+    assert problem.key == "data.stages[0].begin" and "less than the 47,872 tokens of the run" in problem.fix

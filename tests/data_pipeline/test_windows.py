@@ -1,5 +1,6 @@
 """What a window holds: no token twice, none missing that is not left out on purpose, and never two documents in one."""
 
+import io
 from collections import Counter
 
 import numpy as np
@@ -118,6 +119,26 @@ def test_blocks_are_counted_once_and_counts_that_are_wrong_are_refused(tmp_path)
     np.save(file, np.load(file) + 1)
     with pytest.raises(ShardError, match="Delete that directory"):
         BestFit(shard, 8, "split", remembered(file)).spans(0)
+
+
+def as_npy(counts) -> bytes:
+    np.save(stream := io.BytesIO(), np.array(counts))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b"", b"nothing of numpy's", as_npy([3, 4])[:-5], as_npy([3]), as_npy([[3, 4]]), as_npy([3.0, 4.0])],
+    ids=["empty", "other", "short", "fewer", "shape", "type"],
+)
+def test_counts_that_are_damaged_are_made_again(tmp_path, damaged, caplog):
+    shard = write_shard(tmp_path / "shards" / "x", documents_of([9, 3, 4, 5, 6, 30]))
+    file = tmp_path / "windows" / "name.npy"
+    first = BestFit(shard, 8, "split", remembered(file))
+    whole = file.read_bytes()
+    file.write_bytes(damaged)
+    again = BestFit(shard, 8, "split", remembered(file))
+    assert "counted again" in caplog.text and len(again) == len(first) and file.read_bytes() == whole
 
 
 def test_a_corpus_that_cannot_be_written_to_is_counted_each_time(tmp_path, caplog):

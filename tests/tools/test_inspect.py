@@ -1,5 +1,6 @@
 """From documents to samples and back: what is shown is what the steps and the runs do."""
 
+import json
 import re
 import shutil
 from dataclasses import asdict
@@ -24,8 +25,11 @@ from tools.inspect.__main__ import InspectConfig, main, only
 from tools.inspect.errors import InspectError
 from tools.inspect.run import Run
 from tools.inspect.trail import Corpus, follow, replayed, search
+from train.checkpoint import TRAINER, path_of
 from train.config import RunConfig
+from train.progress import Progress
 from train.rundir import with_options, write_config
+from train.session import CHECKPOINTS
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +236,17 @@ def test_the_text_of_a_sample_is_that_of_its_tokens(run, capsys):
         assert line.strip() in plain
 
 
+def test_a_corpus_that_was_made_anew_is_refused_before_the_run_has_ended(run):
+    for step, samples in ((10, run.samples.fingerprint), (20, "others")):
+        checkpoint = path_of(run.directory / CHECKPOINTS, step)
+        checkpoint.mkdir(parents=True)
+        (checkpoint / TRAINER).write_text(json.dumps(Progress(step, inputs={"samples": samples}).state()))
+    with pytest.raises(InspectError, match=r"trained on other samples \(others\)"):
+        Run(run.directory)
+    (checkpoint / TRAINER).write_text("{damaged")
+    assert Run(run.directory).trained_on == run.samples.fingerprint
+
+
 # On the command line
 
 
@@ -269,3 +284,36 @@ def test_what_does_not_exist_is_refused(corpus, run):
         main(InspectConfig(str(corpus.path), sample=3), {})
     with pytest.raises(InspectError, match="step 21 is not among the steps 1 to 20"):
         run.step(21)
+    for sample in (-1, 160):
+        with pytest.raises(InspectError, match=f"sample {sample} is not among the samples 0 to 159"):
+            show.sample(run, sample)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Corpora of one tokenizer that share one document."""
+    root = tmp_path_factory.mktemp("others")
+    for name in ("one", "two"):
+        (root / name).mkdir()
+        for number in range(30):
+            (root / name / f"{name}{number}.md").write_text(f"Sentence {number} of {name} stands here. " * 9)
+        (root / name / "both.md").write_text("They share this. " * 9)
+    for name, tokenizer in (("one", ""), ("two", str(root / "corpora/one/tokenizer"))):
+        made(root / name, root / "corpora" / name, steps={}, order=[], vocabulary=280, tokenizer=tokenizer)
+    return root / "corpora"
+
+
+def test_a_document_of_a_run_on_several_corpora_is_looked_for_in_all(others, tmp_path, capsys):
+    sources = ",".join(f"{name}:{{path:{others / name}}}" for name in ("one", "two"))
+    settings = ["data=mixture", f"+data.sources={{{sources}}}", "data.sequence_length=64", "stage=pretrain"]
+    directory = str(run_of(tmp_path / "run", *settings).directory)
+    for name in ("one", "two"):
+        own = next(record for record in documents(Corpus(others / name)) if "Sentence" in record["text"])
+        for asked in ({"document": own["id"]}, {"text": own["text"]}):
+            assert main(InspectConfig(directory, **asked), {}) == 0
+            assert f"{others / name}/shards/train" in capsys.readouterr().out
+    assert main(InspectConfig(directory, text="They share this."), {}) == 0
+    assert capsys.readouterr().out.count("both.md:") == 2
+    for asked in ({"document": "nobody"}, {"text": "words that stand nowhere"}):
+        with pytest.raises(InspectError, match=r"(?s)corpora/one.*corpora/two"):
+            main(InspectConfig(directory, **asked), {})

@@ -8,6 +8,7 @@ path=runs/demo/pretrain document=Flask/docs/index.rst   the steps that see it
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from conf.errors import Problem
 from conf.registry import register
 from tools.chat import quoted
 from tools.inspect import show
-from tools.inspect.errors import InspectError
+from tools.inspect.errors import InspectError, NotFoundError
 from tools.inspect.run import Run
-from tools.inspect.trail import MOST_MATCHES, Corpus, follow, search
+from tools.inspect.trail import MOST_MATCHES, Corpus, Trail, follow, search
 from train.rundir import CONFIG
 
 FREE_TEXT = ("document", "text")
@@ -71,21 +72,38 @@ def main(config: InspectConfig, resolved: dict[str, Any]) -> int:
     elif config.step:
         show.step(run, config.step)
     else:
-        for corpus in map(Corpus, run.paths):
-            way = follow(corpus, config.document or only(corpus, config.text))
+        for corpus, way in ways([Corpus(path) for path in dict.fromkeys(run.paths)], config):
             show.seen(run, way, corpus.path / "shards" / "train")
     return 0
+
+
+def ways(corpora: Sequence[Corpus], config: InspectConfig) -> list[tuple[Corpus, Trail]]:
+    """The way of the document that is asked for, in each of the corpora that have it.
+
+    Raises:
+        InspectError: none has it, or one has several that hold the text.
+    """
+    found, missing = [], []
+    for corpus in corpora:
+        try:
+            found.append((corpus, follow(corpus, config.document or only(corpus, config.text))))
+        except NotFoundError as error:
+            missing.append(str(error))
+    if not found:
+        raise NotFoundError("\n".join(missing))
+    return found
 
 
 def only(corpus: Corpus, fragment: str) -> str:
     """Id of the document that holds the fragment.
 
     Raises:
-        InspectError: none does, or several do; lists them.
+        NotFoundError: none does.
+        InspectError: several do; lists them.
     """
     matches = search(corpus, fragment)
     if not matches:
-        raise InspectError(
+        raise NotFoundError(
             f"no document of {corpus.path} holds {fragment!r}. Line ends and spaces count; give fewer words."
         )
     if len(matches) > 1:

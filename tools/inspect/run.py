@@ -4,6 +4,7 @@ The order of a run is a function of its settings, so this asks the same code tha
 run but its `config.yaml`: samples that are yet to come are shown like those that were seen.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,8 +24,10 @@ from data_pipeline.shards import Shard
 from data_pipeline.text import TextWindows
 from data_pipeline.tokenizer import Tokenizer
 from tools.inspect.errors import InspectError
+from train.checkpoint import TRAINER, path_of, steps
 from train.models import hf
 from train.rundir import CONFIG
+from train.session import CHECKPOINTS
 
 CHUNK = 2**16
 """Positions whose samples are computed together."""
@@ -68,12 +71,25 @@ class Run:
         self.global_batch = int(self.config["stage"]["global_batch"])
         self.steps = int(self.config["stage"]["steps"])
         self.samples: Samples = self.data.open("train", self.tokenizer, self.seed)
-        recorded = self.artifact.facts.get("fingerprints", {}).get("samples") if self.artifact else None
-        if recorded not in (None, self.samples.fingerprint):
+        if self.trained_on not in (None, self.samples.fingerprint):
             raise InspectError(
-                f"{directory} was trained on other samples ({recorded}) than its data hold now "
+                f"{directory} was trained on other samples ({self.trained_on}) than its data hold now "
                 f"({self.samples.fingerprint}): they were made anew since. Make them again as they were, or train anew."
             )
+
+    @cached_property
+    def trained_on(self) -> str | None:
+        """Fingerprint of the samples, from the manifest, or the newest checkpoint that tells it; None before the first
+        checkpoint."""
+        if self.artifact:
+            return self.artifact.facts.get("fingerprints", {}).get("samples")
+        checkpoints = self.directory / CHECKPOINTS
+        for step in reversed(steps(checkpoints)):
+            try:
+                return json.loads((path_of(checkpoints, step) / TRAINER).read_text())["inputs"]["samples"]
+            except (OSError, ValueError, KeyError):
+                continue  # damaged: a start would pass it over, too
+        return None
 
     @cached_property
     def paths(self) -> list[Path]:
@@ -92,10 +108,11 @@ class Run:
         """Sample k as the run is given it; a preference is two sequences.
 
         Raises:
-            InspectError: there is no such sample.
+            InspectError: the run has no such sample.
         """
-        if k < 0:
-            raise InspectError(f"sample {k} does not exist: positions count from 0.")
+        last = self.steps * self.global_batch - 1
+        if not 0 <= k <= last:
+            raise InspectError(f"sample {k} is not among the samples 0 to {last} of {self.directory}.")
         objective = option("objective", self.config["objective"])
         with Loader(
             self.samples,

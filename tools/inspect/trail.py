@@ -19,7 +19,7 @@ from data_pipeline.page import Page
 from data_pipeline.shards import Shard
 from data_pipeline.steps.base import DocumentStep
 from data_pipeline.tokenizer import Tokenizer
-from tools.inspect.errors import InspectError
+from tools.inspect.errors import NotFoundError
 
 MOST_MATCHES = 20
 """Documents listed for a fragment of text."""
@@ -213,7 +213,7 @@ def follow(corpus: Corpus, name: str) -> Trail:
     """The way of the document with this id, as far as it is still there.
 
     Raises:
-        InspectError: there is no such document.
+        NotFoundError: there is no such document.
     """
     trail = Trail(name)
     piece = _shard(corpus, trail)
@@ -291,8 +291,8 @@ def _without_steps(corpus: Corpus, trail: Trail) -> Trail:
     return trail
 
 
-def _unknown(corpus: Corpus, name: str) -> InspectError:
-    return InspectError(
+def _unknown(corpus: Corpus, name: str) -> NotFoundError:
+    return NotFoundError(
         f"{corpus.path} has no document {name!r}. Give an id as quarantine and samples show it, or a part of its text: "
         "text='...'."
     )

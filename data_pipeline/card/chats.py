@@ -1,9 +1,14 @@
-"""The card of conversations, preferences and judged answers: a smaller one than that of a corpus."""
+"""The card of conversations, preferences and judged answers: a smaller one than that of a corpus.
 
+Annotators have numbers here, in the order in which the manifest's `agreement.annotators` names them.
+"""
+
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from data_pipeline.artifact import write_atomically
@@ -13,6 +18,8 @@ from data_pipeline.card.samples import PER_REASON, READ, drawn_by, excerpt, mask
 
 PER_FILE = 4
 """Records of each file that are shown."""
+BY_ANNOTATOR = ("votes", "cohen_kappa")
+"""Keys of what is told by annotator, or by pair of them."""
 Record = dict[str, Any]
 
 
@@ -41,8 +48,10 @@ def write(
         quarantine: what was dropped, with step and reason.
     """
     counts: dict[str, int] = metrics["records"]
-    steps = contents.steps(metrics.get("steps", []), {}, {}, {})
-    kept = {stem: [turns(record) for record in few(rows, PER_FILE)] for stem, rows in records.items() if rows}
+    names = numbered(metrics)
+    told = hidden({key: value for key, value in metrics.items() if key != "records"}, names)
+    steps = contents.steps(told.pop("steps", []), {}, {}, {})
+    kept = {stem: [turns(hidden(record)) for record in few(rows, PER_FILE)] for stem, rows in records.items() if rows}
     reasons: dict[str, list[Record]] = {}
     for record in quarantine:
         reasons.setdefault(f"{record['step']}: {record['reason']}", []).append(record)
@@ -53,9 +62,12 @@ def write(
         steps=steps,
         flow=flow(steps, counts),
         kept=kept,
-        dropped={reason: [turns(record) for record in few(rows, PER_REASON)] for reason, rows in reasons.items()},
-        settings=yaml_of(settings),
-        findings=yaml_of({key: value for key, value in metrics.items() if key not in ("records", "steps")}),
+        dropped={
+            masked(reason): [turns(hidden(record, names)) for record in few(rows, PER_REASON)]
+            for reason, rows in reasons.items()
+        },
+        settings=yaml_of(hidden(settings)),
+        findings=yaml_of(told),
     )
     write_atomically(directory / PAGE, page)
 
@@ -76,6 +88,36 @@ def few(records: Iterable[Record], most: int) -> list[Record]:
     """So many records, drawn by a hash of what they say."""
     named = ({"id": "", "text": json.dumps(record, sort_keys=True), "record": record} for record in records)
     return [one["record"] for _, one in drawn_by(named, lambda one: "", most)]
+
+
+def numbered(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Annotator, or pair of them -> what the card calls them."""
+    annotators = [one["annotator"] for one in metrics.get("agreement", {}).get("annotators", [])]
+    names = {annotator: f"annotator {number}" for number, annotator in enumerate(annotators, 1)}
+    pairs = itertools.combinations(annotators, 2)
+    return names | {f"{one} and {other}": f"{names[one]} and {names[other]}" for one, other in pairs}
+
+
+def hidden(value: Any, names: Mapping[str, str] = MappingProxyType({}), of: str = "") -> Any:
+    """The same shape, with what is personal masked in every text and key, and annotators by their numbers.
+
+    Args:
+        value: as JSON; only the beginning of a long text is taken.
+        names: from `numbered`; empty where votes are counted rather than told by annotator.
+        of: the key that it stands under.
+    """
+    if isinstance(value, Mapping):
+        found: dict[str, Any] = {}
+        for key, item in value.items():
+            shown = (names.get(str(key), "") if of in BY_ANNOTATOR else "") or masked(str(key))
+            alike = f"{shown} ({len(found) + 1})" if shown in found else shown
+            found[alike] = hidden(item, names, str(key))
+        return found
+    if isinstance(value, list | tuple):
+        return [hidden(item, names) for item in value]
+    if isinstance(value, str):
+        return (names.get(value, "") if of == "annotator" else "") or masked(value[:READ])
+    return value
 
 
 def turns(record: Record) -> list[Turn]:

@@ -111,11 +111,13 @@ class Decontamination(CorpusStep):
             document = found[number]
             page.counts.update(document.counts)
             page.metadata["contaminated_by"] = document.sets
-            page.metadata["contaminated_text"] = page.text[slice(*document.spans[0])]
-            if self.action == "drop":
-                return CONTAMINATED
-            page.text = cut(page.text, document.spans, self.margin)
-            return None if page.text else CONTAMINATED
+            first = page.text[slice(*document.spans[0])]
+            if self.action == "cut":
+                page.text = cut(page.text, document.spans, self.margin)
+                if page.text:
+                    return None  # without the run: later steps judge the text, not the metadata
+            page.metadata["contaminated_text"] = first
+            return CONTAMINATED
 
         return judge
 

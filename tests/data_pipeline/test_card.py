@@ -14,6 +14,7 @@ from datatrove.data import Document
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipeline import agreement
 from data_pipeline.card import bins, chats, contents, sankey
 from data_pipeline.card.page import PAGE, render
 from data_pipeline.card.samples import LENGTH, Pair, dropped, excerpt, kept, pairs
@@ -239,6 +240,38 @@ def test_conversations_have_a_card_that_shows_what_is_said_and_nothing_personal(
     assert not set(page.tags) & {"script", "link", "img"} and page.tags["style"] == 1
     assert "alert(1)" in page.text and "12831" not in page.text
     assert "[email]" in page.text and "jane.doe" not in page.text and "assistant" in page.text
+
+
+def test_a_card_of_votes_names_no_annotator(tmp_path):
+    votes = {f"i{n}": {"Jane Doe": "a", "jane.doe@example-mail.com": "b", "a": "b"} for n in range(3)}
+    quarantine = [
+        {"step": "decide", "reason": "tie", "place": item, "record": {"id": item, "prompt": "Which?"}, "votes": given}
+        for item, given in votes.items()
+    ]
+    metrics = {
+        "records": {"preferences_train": 1},
+        "agreement": agreement.report(votes, agreement.NOMINAL),
+        "disagreements": [{"item": item, "votes": given} for item, given in votes.items()],
+        "by jane.doe@example-mail.com": "of john.doe@example-mail.com",
+    }
+    kept = {"prompt": [{"role": "user", "content": "Which?"}], "votes": {"a": 2, "b": 1, "tie": 0}}
+    chats.write(tmp_path, metrics, {"rule": "by john.doe@example-mail.com"}, {"preferences_train": [kept]}, quarantine)
+    page = Page((tmp_path / PAGE).read_text()).text
+    assert not re.search(r"(?i)(jane|john).doe", page)
+    assert (
+        "annotator 2 and annotator 3" in page and '"annotator 1": "a", "annotator 3": "b", "annotator 2": "b"' in page
+    )
+    assert '{"a": 2, "b": 1, "tie": 0}' in page  # counts of labels, though an annotator is called a
+
+
+def test_roles_and_keys_of_records_are_masked(tmp_path):
+    personal = "jane.doe@example-mail.com"
+    said = [{"role": personal, "content": [{personal: personal}]}]
+    record = {"messages": said, f"messages of {personal}": said, f"key {personal}": {personal: 1}}
+    dropped = {"step": "read", "reason": "bad", "fault": personal, **record}
+    chats.write(tmp_path, {"records": {"train": 1}}, {}, {"train": [record]}, [dropped])
+    page = (tmp_path / PAGE).read_text()
+    assert "jane.doe" not in page and "[email], messages of [email]" in page and "key [email]" in page
 
 
 # What is counted and shown

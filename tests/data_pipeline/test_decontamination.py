@@ -152,6 +152,15 @@ def test_cutting_takes_out_the_run_with_its_margin_and_leaves_the_rest(tmp_path)
     assert judged(Decontamination(sets=[path]), [page.text], tmp_path / "again", 1)[0][0] is None
 
 
+def test_what_was_cut_out_does_not_stay_in_the_metadata_of_what_is_kept(tmp_path):
+    question = f"{QUESTION} Write to jane.doe@company.org if you know the answer to this old riddle of theirs."
+    step = Decontamination(sets=[set_of(tmp_path / "riddles.jsonl", {"question": question})], action="cut")
+    (reason, kept), (other, lost) = judged(step, [with_inside(TEXTS[0], question), question], tmp_path)
+    assert (reason, other) == (None, "contaminated")
+    assert kept.metadata["contaminated_by"] == ["riddles"] and "jane.doe" not in f"{kept.metadata} {kept.text}"
+    assert lost.metadata["contaminated_text"].startswith("Which of the two travellers")
+
+
 def test_too_many_cuts_leave_nothing():
     text = "word " * 2000
     spans = [(start, start + 50) for start in range(300, 9000, 800)]

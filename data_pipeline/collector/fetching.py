@@ -40,6 +40,10 @@ class Answer:
         """The value of a header; empty where it was not sent."""
         return next((value for key, value in self.headers if key.lower() == name), "")
 
+    def all(self, name: str) -> list[str]:
+        """The values of a header that may be sent more than once."""
+        return [value for key, value in self.headers if key.lower() == name]
+
     @property
     def passing(self) -> bool:
         """Whether it may be otherwise soon."""

@@ -1,6 +1,7 @@
 """What a host allows: robots.txt (RFC 9309), and what pages say of themselves."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lxml import etree, html
@@ -79,27 +80,26 @@ class Page:
     followed: bool
 
 
-def page(content: str, url: str, headers: str) -> Page:
-    """Read a page's links and its wishes (`robots` in meta elements and in X-Robots-Tag).
+def page(content: str, url: str, headers: Sequence[str], agent: str) -> Page:
+    """Read a page's links and its wishes (`robots` or our name in meta elements, and X-Robots-Tag).
 
     Args:
-        content: HTML.
+        content: HTML; empty for another sort of content.
         url: its address.
-        headers: value of X-Robots-Tag.
+        headers: values of X-Robots-Tag.
+        agent: who reads.
     """
     parser = html.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True)
     try:
         tree = etree.fromstring(content.encode("utf-8", "replace"), parser=parser)
     except (etree.LxmlError, ValueError):
         tree = None
-    wishes, base, links = headers.lower(), url, []
+    said, base, links = list(headers), url, []
     if tree is not None:
-        wishes += ",".join(tree.xpath("//meta[translate(@name,'ROBTS','robts')='robots']/@content")).lower()
+        names = ("robots", agent.lower())
+        said += [meta.get("content", "") for meta in tree.iter("meta") if meta.get("name", "").strip().lower() in names]
         base = next(iter(tree.xpath("//base/@href")), url)
         links = tree.xpath("//a[@href and not(contains(@rel,'nofollow'))]/@href")[:MOST_LINKS]
-    return Page(
-        links,
-        base,
-        kept="noindex" not in wishes and "none" not in wishes,
-        followed="nofollow" not in wishes and "none" not in wishes,
-    )
+    words = {word.strip().lower() for value in said for word in value.split(",")}
+    wishes = {word.removeprefix(f"{agent.lower()}:").strip() for word in words}
+    return Page(links, base, kept=not wishes & {"noindex", "none"}, followed=not wishes & {"nofollow", "none"})

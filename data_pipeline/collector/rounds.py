@@ -5,6 +5,7 @@ One thread decides and writes; others only wait for servers, one per host at a t
 
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from data_pipeline.collector.addresses import among, normal, pool
 from data_pipeline.collector.fetching import Answer, fetch
 from data_pipeline.collector.frontier import Frontier, Known
 from data_pipeline.collector.robots import REDIRECTS, ROBOTS_LIFE_S, Page, Rules, page
-from data_pipeline.collector.store import Store, Version, digest_of, written_date
+from data_pipeline.collector.store import Store, StoreError, Version, digest_of, written_date
 from data_pipeline.readers.extraction import decoded_page
 from data_pipeline.readers.streams import DamageError
 from data_pipeline.readers.warc import CHARSET, HTML, unpacked_body
@@ -57,18 +58,19 @@ class Round:
             name = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H%M%SZ")
             with self.frontier.together():
                 self.frontier.begin(name, now - settings.revisit_h * 3600)
-            found = self.frontier.round()
-        assert found is not None, "two rounds began within a second"
+                found = self.frontier.round()
+                if found is None:
+                    raise StoreError(f"{directory}: a round began within this second; run it again")
         self.name = found.pop("name")
         del found["ended"]
         self.facts: dict[str, int] = found
         self.store = Store(directory / "raw" / self.name, settings.agent)
         self.store.resume(self.facts["file"], self.facts["size"])
-        self.hosts = settings.hosts or sorted({urlsplit(seed).netloc for seed in settings.seeds})
+        seeds = [url for seed in settings.seeds if (url := normal(seed))]
+        self.hosts = settings.hosts or sorted({urlsplit(url).netloc for url in seeds})
         with self.frontier.together():
-            for seed in settings.seeds:
-                if url := normal(seed):
-                    self.frontier.add(url, 0)
+            for url in seeds:
+                self.frontier.add(url, 0)
 
     def run(self) -> dict[str, Any]:
         """Until nothing is due, or a bound is reached; returns what became of pages and rounds."""
@@ -194,29 +196,26 @@ class Round:
         if answer.status != 200:
             return {"state": "gone" if answer.status in (404, 410) else "failed", "detail": f"status {answer.status}"}
         said = self._said(answer)
-        if said and not said.kept:
+        if not said.kept:
             return {"state": "refused", "detail": "noindex"}
         digest = digest_of(answer.body)
         same = Version(known.digest, known.stored) if digest == known.digest else None
         self._keep(answer, now, same)
-        if said and said.followed:
+        if said.followed:
             self._add(said.links, normal(said.base, known.url) or known.url, known.depth + 1)
         validators = {"etag": answer.header("etag")[:500], "modified": answer.header("last-modified")[:100]}
         stored = known.stored if same else written_date(now)
         return {"state": "done", "detail": "200", "digest": digest, "stored": stored, **validators}
 
-    def _said(self, answer: Answer) -> Page | None:
-        """What a page of HTML says to collectors; None for another sort of answer."""
-        media = answer.header("content-type")
-        if media.split(";")[0].strip().lower() not in HTML:
-            return None
+    def _said(self, answer: Answer) -> Page:
+        """What a page says to collectors; in its headers alone, if it is not HTML or damaged."""
+        media, text = answer.header("content-type"), None
         charset = CHARSET.search(media)
-        try:
-            content = unpacked_body(answer.body, answer.header("content-encoding"))
-        except DamageError:
-            return None
-        text = decoded_page(content, charset[1] if charset else "")
-        return page(text or "", answer.url, answer.header("x-robots-tag"))
+        if media.split(";")[0].strip().lower() in HTML:
+            with suppress(DamageError):
+                content = unpacked_body(answer.body, answer.header("content-encoding"))
+                text = decoded_page(content, charset[1] if charset else "")
+        return page(text or "", answer.url, answer.all("x-robots-tag"), self.settings.agent)
 
     def _keep(self, answer: Answer, now: float, same: Version | None) -> None:
         place = self.store.append(answer, now, (self.facts["file"], self.facts["size"]), same)

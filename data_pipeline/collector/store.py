@@ -8,6 +8,7 @@ has each version of a page once.
 
 import hashlib
 import io
+import os
 import uuid
 from base64 import b32encode
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
+from conf.errors import LongrunError
 from data_pipeline.collector.fetching import Answer
 
 LARGEST_WARC = 2**30
@@ -25,6 +27,10 @@ UNCHANGED = "http://netpreserve.org/warc/1.1/revisit/server-not-modified"
 SAME = "http://netpreserve.org/warc/1.1/revisit/identical-payload-digest"
 REPLACED = ("transfer-encoding", "content-length")
 """Headers that do not hold of the body as it is stored; they get a prefix."""
+
+
+class StoreError(LongrunError):
+    """A round cannot be stored, or gone on with."""
 
 
 def written_date(time_s: float) -> str:
@@ -67,12 +73,18 @@ class Store:
         Args:
             number: of the last file.
             size: of that file, in bytes.
+
+        Raises:
+            StoreError: the file is shorter than that.
         """
         for file in sorted(self.directory.glob("*.warc.gz")):
             if int(file.name[:5]) > number:
                 file.unlink()
         last = self._file(number)
-        if last.exists():
+        there = last.stat().st_size if last.exists() else 0
+        if there < size:
+            raise StoreError(f"{last} has {there:,} bytes of the {size:,} that were stored; put it back, or begin anew")
+        if there > size:
             with open(last, "r+b") as stream:
                 stream.truncate(size)
 
@@ -114,6 +126,7 @@ class Store:
         with open(self._file(number), "ab") as stream:
             stream.write(content.getvalue())
             stream.flush()
+            os.fsync(stream.fileno())
         return number, size + len(content.getvalue())
 
     def _file(self, number: int) -> Path:

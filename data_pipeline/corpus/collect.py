@@ -54,12 +54,16 @@ class Collect(DataSet):
     private: bool = False
 
     def problems(self, config: PipelineConfig, world_size: int) -> list[Problem]:
+        from data_pipeline.collector.addresses import normal
+
         found = []
         if not self.seeds:
             found.append(Problem("corpus.seeds", "[]", "addresses to begin with, as [https://docs.example.org/]"))
         for seed in self.seeds:
-            if not seed.startswith(("http://", "https://")):
-                found.append(Problem("corpus.seeds", seed, "an address that begins with https:// or http://"))
+            if normal(seed) is None:
+                found.append(
+                    Problem("corpus.seeds", seed, "an address that begins with https:// or http://, without a password")
+                )
         if not self.contact:
             found.append(
                 Problem("corpus.contact", "''", "a page or e-mail address where those who run servers reach you")

@@ -25,6 +25,7 @@ from data_pipeline.collector.addresses import among, normal, public
 from data_pipeline.collector.fetching import Answer, fetch
 from data_pipeline.collector.robots import Rules
 from data_pipeline.collector.rounds import Round
+from data_pipeline.collector.store import Store, StoreError
 from data_pipeline.config import PipelineConfig
 from data_pipeline.corpus.collect import Collect
 from data_pipeline.sources.warc import Warc
@@ -307,6 +308,15 @@ def test_what_a_page_asks_of_collectors_is_done(site, tmp_path):
     assert records(tmp_path / "crawl") == [("response", "/"), ("response", "/nofollow")]
 
 
+def test_each_word_of_x_robots_tag_counts_for_all_sorts_of_content(site, tmp_path):
+    site.pages["/"] = ok(html("the beginning", "/paper", "/meta", "/named"), X_Robots_Tag="max-image-preview: none")
+    site.pages["/paper"] = (200, {"Content-Type": "application/pdf", "X-Robots-Tag": "noindex"}, b"%PDF")
+    site.pages["/meta"] = ok(html("no", head='<meta name="Longrun" content="noindex">'))
+    site.pages["/named"] = ok(html("no"), X_Robots_Tag="noarchive", x_robots_tag="Longrun: noindex")
+    assert round_of(collect(site), tmp_path / "crawl")["pages"] == {"done": 1, "refused": 3}
+    assert len(site.asked) == 5
+
+
 def test_private_machines_are_not_asked_unless_allowed(site, tmp_path):
     site.pages["/"] = ok(html("what is inside"))
     port = site.url.rsplit(":", 1)[1]
@@ -403,6 +413,36 @@ def test_a_killed_round_is_gone_on_with_and_stores_each_page_once(site, tmp_path
     assert records(tmp_path / "crawl") == [("response", name) for name in ["/", *names]]
 
 
+def test_a_file_that_lost_its_end_is_not_gone_on_with(site, tmp_path):
+    store = Store(tmp_path, "longrun")
+    _, size = store.append(Answer(f"{site.url}/", 200, body=b"x"), 0.0, (0, 0))
+    store.resume(0, size)
+    with pytest.raises(StoreError, match="put it back"):
+        store.resume(0, size + 1)
+    assert (tmp_path / "00000.warc.gz").stat().st_size == size
+
+
+def test_what_is_stored_is_on_the_disk(site, tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_size))
+    _, size = Store(tmp_path, "longrun").append(Answer(f"{site.url}/", 200, body=b"x"), 0.0, (0, 0))
+    assert synced == [size]
+
+
+def test_two_rounds_within_a_second_are_refused(site, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    first = Round(collect(site), tmp_path)
+    first.frontier.note_round(first.name, ended=1e9)
+    first.frontier.close()
+    with pytest.raises(StoreError, match="run it again"):
+        Round(collect(site), tmp_path)
+
+
+def test_hosts_of_seeds_are_known_in_their_one_spelling(tmp_path):
+    seeds = ["HTTPS://A.Example:443/x", "http://b\u00fccher.example/"]
+    assert Round(Collect(seeds=seeds), tmp_path).hosts == ["a.example", "xn--bcher-kva.example"]
+
+
 def test_the_store_is_an_artifact_that_names_what_it_holds(site, tmp_path, capsys):
     site.pages["/"] = ok(html("the beginning"))
     settings = collect(site)
@@ -416,6 +456,12 @@ def test_the_store_is_an_artifact_that_names_what_it_holds(site, tmp_path, capsy
 def test_a_collector_that_cannot_be_reached_by_operators_is_refused():
     with pytest.raises(ConfigError, match=r"corpus\.contact(.|\n)*corpus\.delay_s"):
         raise ConfigError(Collect(seeds=["http://a.example/"], delay_s=-1).problems(PipelineConfig(corpus=None), 1))
+
+
+def test_a_seed_that_would_not_be_asked_for_is_refused():
+    seeds = ["http://a.example/", "https://me:secret@a.example/", "http://"]
+    problems = Collect(seeds=seeds, contact="me@example.org").problems(PipelineConfig(corpus=None), 1)
+    assert [problem.found for problem in problems] == seeds[1:]
 
 
 def test_what_the_guard_checks_is_what_it_connects_to(monkeypatch):

@@ -298,8 +298,8 @@ def others(tmp_path_factory):
         for number in range(30):
             (root / name / f"{name}{number}.md").write_text(f"Sentence {number} of {name} stands here. " * 9)
         (root / name / "both.md").write_text("They share this. " * 9)
-    for name, tokenizer in (("one", ""), ("two", str(root / "corpora/one/tokenizer"))):
-        made(root / name, root / "corpora" / name, steps={}, order=[], vocabulary=280, tokenizer=tokenizer)
+    for name, path in (("one", ""), ("two", str(root / "corpora/one/tokenizer"))):
+        made(root / name, root / "corpora" / name, steps={}, order=[], vocabulary=280, tokenizer=path)
     return root / "corpora"
 
 

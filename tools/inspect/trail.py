@@ -19,7 +19,7 @@ from data_pipeline.page import Page
 from data_pipeline.shards import Shard
 from data_pipeline.steps.base import DocumentStep
 from data_pipeline.tokenizer import Tokenizer
-from tools.inspect.errors import NotFoundError
+from tools.inspect.errors import InspectError, NotFoundError
 
 MOST_MATCHES = 20
 """Documents listed for a fragment of text."""

@@ -48,6 +48,12 @@ def test_equal_prompts_and_answers_are_one_whatever_case_and_white_space():
     assert duplicates(examples)[10].fault == "the same as What is it?"
 
 
+def test_conversations_of_which_other_turns_are_learned_are_two():
+    said = [answers("Yes."), asks("Why?"), answers("So.")]
+    examples = [chat("What is it?", *said), chat("What is it?", said[0] | {"weight": 0}, *said[1:])]
+    assert not duplicates(examples)
+
+
 def test_what_is_held_out_stays_and_its_copy_for_training_goes():
     examples = [chat("What is it?"), chat("What is it ?"), Example(CHAT, chat("What is it?").record, "held", "test")]
     assert duplicates(examples)[0].fault == "the same as held"

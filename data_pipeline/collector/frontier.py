@@ -100,7 +100,11 @@ class Frontier:
             "ON CONFLICT (url) DO UPDATE SET depth = min(depth, excluded.depth)",
             [url, host_of(url), depth],
         )
-        self._base.execute("INSERT OR IGNORE INTO hosts (host) VALUES (?)", [host_of(url)])
+        self.note_unseen(host_of(url))
+
+    def note_unseen(self, host: str) -> None:
+        """A host that may be new."""
+        self._base.execute("INSERT OR IGNORE INTO hosts (host) VALUES (?)", [host])
 
     def note(self, url: str, **facts: Any) -> None:
         self._set("pages", "url", url, facts)

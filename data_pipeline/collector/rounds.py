@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from data_pipeline.collector.addresses import among, normal, pool
+from data_pipeline.collector.addresses import among, host_of, normal, pool
 from data_pipeline.collector.fetching import Answer, fetch
 from data_pipeline.collector.frontier import Frontier, Known
 from data_pipeline.collector.robots import REDIRECTS, ROBOTS_LIFE_S, Page, Rules, page
@@ -35,10 +35,17 @@ class Job:
     Args:
         host: that is asked.
         page: of the host; None for its robots.txt.
+        url: address that is asked for; of a robots.txt that was moved, maybe at another host.
     """
 
     host: str
     page: Known | None
+    url: str
+
+    @property
+    def hosts(self) -> set[str]:
+        """Those that nobody else may ask meanwhile."""
+        return {self.host, host_of(self.url)}
 
 
 class Round:
@@ -67,6 +74,7 @@ class Round:
         self.store = Store(directory / "raw" / self.name, settings.agent)
         self.store.resume(self.facts["file"], self.facts["size"])
         seeds = [url for seed in settings.seeds if (url := normal(seed))]
+        self.moved: dict[str, list[str]] = {}  # host -> addresses that its robots.txt was moved to
         self.hosts = settings.hosts or sorted({urlsplit(url).netloc for url in seeds})
         with self.frontier.together():
             for url in seeds:
@@ -97,7 +105,7 @@ class Round:
     def _start(self, threads: ThreadPoolExecutor, busy: "dict[Future[Answer], Job]") -> float | None:
         """Hand out work for hosts that are at leisure; returns when to look again, None if there is nothing more."""
         now, wake = time.time(), None
-        asked = {job.host for job in busy.values()}
+        asked = {host for job in busy.values() for host in job.hosts}
         waiting = sum(job.page is not None for job in busy.values())
         for host in self.frontier.hosts():
             room = self.facts["asked"] + waiting < self.settings.pages and self.facts["bytes"] < self.settings.bytes
@@ -113,7 +121,12 @@ class Round:
             job = self._job(host, now)
             if job is None:
                 return now  # pages were refused: look at once at what is left
-            asked.add(job.host)
+            if job.hosts & asked:
+                continue
+            if (ready := self._ready(host_of(job.url))) > now:
+                wake = ready if wake is None else min(wake, ready)
+                continue
+            asked |= job.hosts
             waiting += job.page is not None
             busy[threads.submit(self._ask, job)] = job
         return wake
@@ -121,45 +134,48 @@ class Round:
     def _job(self, host: dict[str, Any], now: float) -> Job | None:
         name = host["host"]
         if now - host["asked"] > ROBOTS_LIFE_S:
-            return Job(name, None)
+            return Job(name, None, self.moved.get(name, [f"{name}/robots.txt"])[-1])
         rules = Rules(host["robots"], self.settings.agent)
         if rules.delay_s > LONGEST_WAIT_S:
             self.frontier.give_up(name, "refused", f"robots.txt asks for {rules.delay_s:,.0f} s between two requests")
             return None
         while (found := self.frontier.next(name, now)) is not None:
             if rules.allow(found.url):
-                return Job(name, found)
+                return Job(name, found, found.url)
             self.frontier.note(found.url, state="refused", detail="robots.txt", asked=now)
         return None
+
+    def _ready(self, host: str) -> float:
+        """When a host may be asked next."""
+        return float(self.frontier.host(host)["not_before"])
 
     def _ask(self, job: Job) -> Answer:
         settings = self.settings
         headers = {"User-Agent": f"{settings.agent} (+{settings.contact})"}
-        if job.page is None:
-            url = f"{job.host}/robots.txt"
-            for _ in range(REDIRECTS + 1):
-                answer = fetch(self.pool, url, headers, settings.page_bytes, settings.timeout_s)
-                target = normal(answer.header("location"), url) if 300 <= answer.status < 400 else None
-                if target is None or not among(target, self.hosts):
-                    return answer
-                url = target
-            return answer
-        if job.page.digest:
+        if job.page and job.page.digest:
             validators = {"If-None-Match": job.page.etag, "If-Modified-Since": job.page.modified}
             headers |= {name: value for name, value in validators.items() if value}
-        return fetch(self.pool, job.page.url, headers, settings.page_bytes, settings.timeout_s)
+        return fetch(self.pool, job.url, headers, settings.page_bytes, settings.timeout_s)
 
     def _take(self, job: Job, answer: Answer) -> None:
         with self.frontier.together():
             self.facts["bytes"] += answer.received
             if job.page is None:
-                self._take_robots(job.host, answer)
+                self._take_robots(job, answer)
             else:
                 self._take_page(job.page, answer)
             self.frontier.note_round(self.name, **self.facts)
 
-    def _take_robots(self, host: str, answer: Answer) -> None:
-        now, rules = time.time(), Rules.of(answer, self.settings.agent)
+    def _take_robots(self, job: Job, answer: Answer) -> None:
+        host, now, rules = job.host, time.time(), Rules.of(answer, self.settings.agent)
+        known = Rules(self.frontier.host(host_of(job.url))["robots"], self.settings.agent)
+        self.frontier.note_host(host_of(job.url), not_before=now + self._delay(known))
+        target = normal(answer.header("location"), job.url) if 300 <= answer.status < 400 else None
+        trail = self.moved.pop(host, [])
+        if target and among(target, self.hosts) and len(trail) < REDIRECTS:
+            self.frontier.note_unseen(host_of(target))
+            self.moved[host] = [*trail, target]
+            return
         if rules.text is not None:
             self.frontier.note_host(host, robots=rules.text, asked=now, tries=0, not_before=now + self._delay(rules))
             return

@@ -178,6 +178,26 @@ def test_a_packed_robots_txt_is_obeyed_and_a_damaged_one_allows_nothing(site, tm
     assert site.paths == ["/robots.txt", "/", "/robots.txt"]
 
 
+def test_a_robots_txt_that_was_moved_is_asked_for_at_the_rate_of_each_host(tmp_path):
+    with served() as one, served("127.0.0.2") as other:
+        one.pages["/robots.txt"] = (301, {"Location": "/moved"}, b"")
+        one.pages["/moved"] = (301, {"Location": f"{other.url}/robots.txt"}, b"")
+        other.pages["/robots.txt"] = (200, {}, b"User-agent: *\nDisallow: /a")
+        one.pages["/"] = other.pages["/"] = ok(html("the beginning", "/a"))
+        settings = collect(one, seeds=[f"{one.url}/", f"{other.url}/"], delay_s=0.2)
+        assert round_of(settings, tmp_path / "crawl")["pages"] == {"done": 2, "refused": 2}
+        assert one.paths == ["/robots.txt", "/moved", "/"]
+        assert Counter(other.paths) == {"/robots.txt": 2, "/": 1}
+        for site in (one, other):
+            assert all(later[0] - earlier[0] > 0.19 for earlier, later in pairwise(site.asked))
+
+
+def test_a_robots_txt_that_is_moved_without_end_allows_nothing(site, tmp_path):
+    site.pages["/robots.txt"] = (301, {"Location": "/robots.txt"}, b"")
+    assert round_of(collect(site, retries=0), tmp_path / "crawl")["pages"] == {"failed": 1}
+    assert site.paths == ["/robots.txt"] * 6
+
+
 @pytest.mark.parametrize("asked", ["Crawl-delay: 99999999999", f"Request-rate: 1/{'9' * 400}"])
 def test_a_host_that_asks_for_too_long_a_delay_is_given_up(site, tmp_path, asked):
     site.pages["/robots.txt"] = (200, {}, f"User-agent: *\n{asked}".encode())

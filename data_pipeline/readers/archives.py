@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from datatrove.data import Document
 
-from data_pipeline.readers.reading import PASSED_OVER, UNTRUE, FileReader, Found, Selection
+from data_pipeline.readers.reading import PASSED_OVER, UNTRUE, FileReader, Found, Selection, encodable
 from data_pipeline.readers.streams import BLOCK, DamageError
 from data_pipeline.readers.text import text_document
 
@@ -72,7 +72,7 @@ def members(archive: Path) -> Iterator[Member]:
         DamageError: no more can be read of it; comes after all members before that.
     """
     try:
-        yield from zip_members(archive) if archive.suffix == ".zip" else tar_members(archive)
+        yield from zip_members(archive) if archive.suffix.lower() == ".zip" else tar_members(archive)
     except MALFORMED as error:
         raise DamageError(str(error)) from error
 
@@ -138,7 +138,7 @@ class ArchiveReader(FileReader):
             inner = "/".join(PurePosixPath(member.path).parts[self.below :])
             kind = self.selection.kind(inner)
             if kind is None:
-                self.stat_update(f"{PASSED_OVER}{self.origin.name}\tother files")
+                self.stat_update(f"{PASSED_OVER}{encodable(self.origin.name)}\tother files")
                 continue
             found += 1
             path = inner if self.below else f"{name}/{inner}"

@@ -131,7 +131,7 @@ def records(file: Path) -> Iterator[Any]:
     """The elements of a JSON list, or the records of JSON lines; in place of one that is none a `DamageError`.
 
     Raises:
-        DamageError: the file breaks off.
+        DamageError: the file breaks off; of a zip archive, comes after what its other exports hold.
     """
     if ".jsonl" in file.name.lower():
         for line in lines(file):
@@ -139,11 +139,20 @@ def records(file: Path) -> Iterator[Any]:
                 yield parsed(line.content) if line.whole else DamageError(f"{line.size:,} bytes", line.content)
     elif file.suffix.lower() == ".zip":
         with zipfile.ZipFile(file) as archive:
-            inner = next((name for name in archive.namelist() if name.split("/")[-1] == EXPORT), None)
-            if inner is None:
+            inner = [info for info in archive.infolist() if info.filename.split("/")[-1] == EXPORT]
+            if not inner:
                 raise DamageError(f"no {EXPORT} in it")
-            with archive.open(inner) as stream:
-                yield from elements(iter(partial(stream.read1, BLOCK), b""))  # type: ignore[attr-defined]
+            damaged: list[str] = []
+            rest = b""
+            for info in inner:
+                try:
+                    with archive.open(info) as stream:
+                        yield from elements(iter(partial(stream.read1, BLOCK), b""))  # type: ignore[attr-defined]
+                except (*MALFORMED, DamageError) as error:
+                    damaged.append(f"{info.filename}: {error}")
+                    rest = rest or getattr(error, "rest", b"")
+            if damaged:
+                raise DamageError("; ".join(damaged), rest)
     else:
         yield from elements(blocks(file))
 

@@ -9,7 +9,7 @@ import orjson
 from datatrove.data import Document
 from identify import identify
 
-from data_pipeline.readers.reading import PASSED_OVER, FileReader, Found
+from data_pipeline.readers.reading import PASSED_OVER, FileReader, Found, encodable
 from data_pipeline.readers.text import text_document
 
 LARGEST_SOURCE = 4 * 2**20
@@ -60,13 +60,14 @@ class RepositoryReader(FileReader):
         self.languages = languages
 
     def documents(self, file: Path, name: str) -> Iterator[Document]:
-        named = {"repository": self.origin.name}
+        repository = encodable(self.origin.name)
+        named = {"repository": repository}
         if PurePosixPath(name).suffix.lower() in self.prose:
             yield text_document(self.origin, name, "prose", content_of(file), **named)
             return
         language = language_of(file)
         if language is None or (self.languages and language not in self.languages):
-            self.stat_update(f"{PASSED_OVER}{self.origin.name}\t{language or 'no program'}")
+            self.stat_update(f"{PASSED_OVER}{repository}\t{language or 'no program'}")
             return
         yield text_document(self.origin, name, "code", content_of(file), programming_language=language, **named)
 

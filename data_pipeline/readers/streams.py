@@ -81,7 +81,7 @@ def blocks(file: Path) -> Iterator[bytes]:
         SourceError: the file is not there any more.
     """
     try:
-        yield from {".gz": _gzip_blocks, ".zst": _zstandard_blocks}.get(file.suffix, _plain_blocks)(file)
+        yield from {".gz": _gzip_blocks, ".zst": _zstandard_blocks}.get(file.suffix.lower(), _plain_blocks)(file)
     except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
         raise DamageError(str(error)) from error
     except OSError as error:

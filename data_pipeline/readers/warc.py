@@ -4,6 +4,7 @@ Records are cut out here, within bounds, and read by warcio: alone, it ends with
 loses its way after a wrong length. After what is no record this goes on at the next line that begins one.
 """
 
+import gzip
 import io
 import re
 import zlib
@@ -13,13 +14,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from datatrove.data import Document
-from warcio.bufferedreaders import ChunkedDataReader
+from warcio.bufferedreaders import ChunkedDataException, ChunkedDataReader
 from warcio.exceptions import ArchiveLoadFailed
 from warcio.recordloader import ArcWarcRecord, ArcWarcRecordLoader
 from warcio.statusandheaders import StatusAndHeadersParserException
 
 from data_pipeline.readers.extraction import LARGEST_PAGE, PageReader, codec
-from data_pipeline.readers.reading import PASSED_OVER, iso, named
+from data_pipeline.readers.reading import PASSED_OVER, encodable, iso, named
 from data_pipeline.readers.streams import BLOCK, DamageError, Stream
 
 VERSION = re.compile(rb"WARC/1\.\d\r?\n")
@@ -31,13 +32,14 @@ LARGEST_HEAD = 2**17
 """Bytes of the headers of a record."""
 TYPES = ("warcinfo", "response", "resource", "request", "metadata", "revisit", "conversion", "continuation")
 HTML = ("text/html", "application/xhtml+xml")
-WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
-"""Content encodings, with what zlib calls them."""
+GZIP = ("gzip", "x-gzip")
+"""Content encodings."""
 CHARSET = re.compile(r"charset\s*=\s*[\"']?([A-Za-z0-9_:.-]{2,40})", re.IGNORECASE)
 
 
 MALFORMED = (
     ArchiveLoadFailed,
+    ChunkedDataException,
     StatusAndHeadersParserException,
     DamageError,
     AttributeError,
@@ -93,7 +95,7 @@ class WarcReader(PageReader):
                 return self.origin.fault(path, self.kind, "unknown_record", str(record.rec_type), content)
             media, charset = media_type(record)
             if sort := other_sort(record, media):
-                self.stat_update(f"{PASSED_OVER}{self.origin.name}\t{sort}")
+                self.stat_update(f"{PASSED_OVER}{encodable(self.origin.name)}\t{sort}")
                 return None
             body = unpacked(record)
         except MALFORMED as error:
@@ -106,7 +108,7 @@ class WarcReader(PageReader):
         else:
             document = self.text(path, body, charset, url, date)
         if own:
-            document.id = f"{self.origin.name}#{own}"
+            document.id = f"{encodable(self.origin.name)}#{own}"
         return document
 
     def text(self, path: str, body: bytes, charset: str, url: str, date: str) -> Document:
@@ -123,11 +125,17 @@ def unpacked(record: ArcWarcRecord) -> bytes:
     """What a record holds, at most one byte more than a page may have.
 
     Raises:
+        ChunkedDataException: it says that it comes in chunks, and one is none or breaks off, or the last is lacking.
         DamageError: it cannot be unpacked.
     """
     headers = record.http_headers
-    chunked = headers is not None and str(headers.get_header("Transfer-Encoding")).lower() == "chunked"
-    body = (ChunkedDataReader(record.raw_stream) if chunked else record.raw_stream).read()
+    chunked = headers is not None and str(headers.get_header("Transfer-Encoding")).strip().lower() == "chunked"
+    if chunked:
+        body = ChunkedDataReader(record.raw_stream, raise_exceptions=True).read()
+        if record.raw_stream.read(1):
+            raise DamageError("something follows its last chunk")
+    else:
+        body = record.raw_stream.read()
     return unpacked_body(body, str((headers and headers.get_header("Content-Encoding")) or ""))
 
 
@@ -139,21 +147,27 @@ def unpacked_body(body: bytes, encoding: str) -> bytes:
         encoding: value of Content-Encoding; empty if there was none.
 
     Raises:
-        DamageError: it is packed in a way that is not known, is damaged, or breaks off.
+        DamageError: it is packed in a way that is not known, is damaged, breaks off, or something follows it.
     """
     encoding = encoding.strip().lower() or "identity"
     if encoding == "identity":
         return body
-    if encoding not in WINDOWS:
+    if encoding not in (*GZIP, "deflate"):
         raise DamageError(f"packed as {encoding[:50]}, which is not known here")
-    raw = encoding == "deflate" and body[:1] != b"\x78"  # some servers leave out zlib's own frame
-    packed = zlib.decompressobj(-zlib.MAX_WBITS if raw else WINDOWS[encoding])
+    if not body:
+        raise DamageError("its body breaks off")
     try:
+        if encoding in GZIP:  # of one member or several
+            return gzip.GzipFile(fileobj=io.BytesIO(body)).read(LARGEST_PAGE + 1)
+        raw = body[:1] != b"\x78"  # some servers leave out zlib's own frame
+        packed = zlib.decompressobj(-zlib.MAX_WBITS if raw else zlib.MAX_WBITS)
         content = packed.decompress(body, LARGEST_PAGE + 1)
-    except zlib.error as error:
+    except (zlib.error, gzip.BadGzipFile, EOFError) as error:
         raise DamageError(str(error)) from error
     if not packed.eof and len(content) <= LARGEST_PAGE:
         raise DamageError("its body breaks off")
+    if packed.unused_data:
+        raise DamageError("something follows its body")
     return content
 
 

@@ -7,6 +7,7 @@ import random
 import resource
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -396,6 +397,20 @@ def test_names_that_are_not_utf8_are_spelt_out(tmp_path):
     assert doc.id == f"{tmp_path}/caf\\udce9.md" and orjson.dumps(doc.id)
 
 
+def test_directories_that_are_not_utf8_are_spelt_out(tmp_path):
+    directory = tmp_path / "caf\udce9"
+    directory.mkdir()
+    (directory / "a.py").write_text("print(1)\n")
+    (directory / "picture.png").write_text("none")
+    (directory / "x.warc").write_bytes(warc(TEXTS[:1], kind="conversion"))
+    (directory / "y.warc").write_bytes(warc(TEXTS[:1], kind="metadata"))
+    for source in (Repositories([str(directory)], licences=[], prose=[]), Warc([str(directory)])):
+        (reader,) = source.readers(tmp_path)
+        (doc,) = reader.run()
+        passed = [label for label in reader.stats.stats if label.startswith(PASSED_OVER)]
+        assert orjson.dumps([doc.id, doc.metadata, passed]) and passed
+
+
 def test_links_out_of_a_directory_are_not_followed(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "secret.md").write_text("A secret.")
@@ -424,6 +439,54 @@ def test_an_archive_bomb_is_not_unpacked(tmp_path, monkeypatch):
 
 
 # Pages
+
+
+def answered(body: bytes, *headers: tuple[str, str]) -> bytes:
+    """A WARC file of one page, whose body is stored as it was sent."""
+    out = io.BytesIO()
+    writer = WARCWriter(out, gzip=False)
+    head = StatusAndHeaders("200 OK", [("Content-Type", "text/html; charset=utf-8"), *headers], protocol="HTTP/1.1")
+    named = {"WARC-Record-ID": "<urn:uuid:1>"}
+    payload = io.BytesIO(body)
+    writer.write_record(
+        writer.create_warc_record("http://a.org/", "response", payload, http_headers=head, warc_headers_dict=named)
+    )
+    return out.getvalue()
+
+
+HALVES = page(TEXTS[0]).encode()[:150], page(TEXTS[0]).encode()[150:]
+CHUNKS = [b"%x\r\n%s\r\n" % (len(half), half) for half in HALVES]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body", "sound"),
+    [
+        (("Transfer-Encoding", "chunked"), CHUNKS[0] + CHUNKS[1] + b"0\r\n\r\n", True),
+        (("Transfer-Encoding", "chunked"), CHUNKS[0] + CHUNKS[1], False),
+        (("Transfer-Encoding", "chunked"), CHUNKS[0] + CHUNKS[1][:-40], False),
+        (("Transfer-Encoding", "chunked"), CHUNKS[0] + b"0\r\n\r\n" + CHUNKS[1] + b"0\r\n\r\n", False),
+        (("Transfer-Encoding", "chunked"), CHUNKS[0] + b"!" + CHUNKS[1] + b"0\r\n\r\n", False),
+        (("Content-Encoding", "gzip"), b"".join(map(gzip.compress, HALVES)), True),
+        (("Content-Encoding", "gzip"), gzip.compress(HALVES[0]) + gzip.compress(HALVES[1])[:-9], False),
+        (("Content-Encoding", "gzip"), gzip.compress(HALVES[0]) + HALVES[1], False),
+        (("Content-Encoding", "deflate"), zlib.compress(b"".join(HALVES)), True),
+        (("Content-Encoding", "deflate"), b"".join(map(zlib.compress, HALVES)), False),
+    ],
+)
+def test_a_body_is_read_whole_or_is_damaged(tmp_path, encoding, body, sound):
+    (tmp_path / "x.warc").write_bytes(answered(body, encoding))
+    (doc,) = read(Warc([str(tmp_path)]), tmp_path)
+    assert doc.metadata.get("fault") == (None if sound else "damaged")
+    assert not sound or TEXTS[0] in doc.text
+
+
+def test_endings_may_be_in_capitals(tmp_path):
+    (tmp_path / "A.ZIP").write_bytes(zipped({"a.md": TEXTS[0]}))
+    (tmp_path / "B.JSONL.GZ").write_bytes(gzip.compress(RECORDS))
+    (tmp_path / "C.TAR.GZ").write_bytes(tarred(TEXTS[:1], "w:gz"))
+    readers = Files([str(tmp_path)]).readers(tmp_path)
+    documents = [doc for reader in readers for doc in reader.run()]
+    assert sorted(doc.text for doc in documents) == sorted([TEXTS[0], TEXTS[0], *TEXTS])
 
 
 def test_of_a_page_the_main_text_is_read_with_its_date_and_licence(tmp_path):

@@ -1,6 +1,7 @@
 """Sources: what each makes of real files, and what every document carries."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,17 @@ def test_a_long_export_is_read_piece_by_piece(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(chats, ensure_ascii=False, indent=1))
     found = read(Exports([str(tmp_path)]), tmp_path)
     assert [doc.text.split()[1] for doc in found] == [str(n) for n in range(100)]
+
+
+def test_all_exports_in_an_archive_are_read_whatever_is_wrong_with_one(tmp_path):
+    chats = [json.dumps([{"messages": [{"role": "user", "content": f"Chat {n}"}]}]) for n in range(3)]
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name, content in zip(("a", "b", "c"), (chats[0], chats[1][:-1], chats[2]), strict=True):
+            archive.writestr(f"{name}/conversations.json", content)
+    found = read(Exports([str(tmp_path)]), tmp_path)
+    assert [doc.text for doc in found[:3]] == [f"User: Chat {n}" for n in range(3)]
+    assert [doc.metadata["fault"] for doc in found[3:]] == ["damaged"]
+    assert "b/conversations.json" in found[3].metadata["detail"]
 
 
 # Data sets

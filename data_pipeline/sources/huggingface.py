@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import MISSING
-
 from conf.errors import Problem
 from conf.registry import register
 from data_pipeline.sources.base import Fields, Source, SourceError, kind_problems, listed
@@ -33,7 +31,7 @@ class HuggingFace(Source):
         date: when it was written or collected, as ISO 8601, where rows do not say; empty if unknown.
     """
 
-    dataset: str = MISSING
+    dataset: str = ""
     subset: str = ""
     split: str = "train"
     revision: str = ""
@@ -45,7 +43,8 @@ class HuggingFace(Source):
     date: str = ""
 
     def problems(self, key: str) -> list[Problem]:
-        return kind_problems(key, self.kind)
+        found = [] if self.dataset else [Problem(f"{key}.dataset", "''", "a name in the hub, or a directory")]
+        return found + kind_problems(key, self.kind)
 
     def state(self) -> Any:
         """Of a directory, the names, sizes and times of its files; of a name in the hub, `revision` says it all."""

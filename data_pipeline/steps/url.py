@@ -61,6 +61,8 @@ class Url(DocumentStep):
                 found.append(Problem(f"{key}.files", name, f"lists of {', '.join(LISTS)}"))
             elif not Path(file).is_file():
                 found.append(Problem(f"{key}.files.{name}", file, "a file with one entry a line"))
+            elif not is_utf8(Path(file)):
+                found.append(Problem(f"{key}.files.{name}", file, "a file in UTF-8; convert it with iconv"))
         if not found:
             for pattern in self.entries("patterns"):
                 try:
@@ -179,3 +181,11 @@ def contains(hashes: np.ndarray, entry: str) -> bool:
     value = np.uint64(hash_of(entry))
     place = int(hashes.searchsorted(value))
     return place < len(hashes) and hashes[place] == value
+
+
+def is_utf8(file: Path) -> bool:
+    try:
+        with open(file, encoding="utf-8") as stream:
+            return all(True for _ in stream)
+    except UnicodeDecodeError:
+        return False

@@ -111,6 +111,9 @@ def test_language_refuses_a_code_or_a_file_that_is_not_there(tmp_path):
     assert problem.key == "corpus.steps.language.languages"
     assert problem.found == "english"
     assert "zh" in problem.fix
+    (tmp_path / "text.bin").write_text("no model")
+    (problem,) = Language(languages=["en"], model=str(tmp_path / "text.bin")).problems("k")
+    assert problem.key == "k.model"
     (problem,) = Language(model=str(tmp_path / "none.bin")).problems("k")
     assert problem.key == "k.model"
 
@@ -192,6 +195,9 @@ def test_lists_may_be_in_files_and_a_changed_file_is_another_state(tmp_path):
 
 
 def test_lists_that_cannot_be_used_are_refused(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9.org")
+    latin = Url(files={"domains": str(tmp_path / "latin.txt")})
+    assert {p.key for p in latin.problems("k")} == {"k.files.domains"}
     assert {p.key for p in Url().problems("k")} == {"k"}
     assert {p.key for p in Url(patterns=["("]).problems("k")} == {"k.patterns"}
     files = {"domain": "x", "words": str(tmp_path / "none")}

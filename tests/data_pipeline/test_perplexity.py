@@ -148,6 +148,7 @@ def test_only_the_tokens_that_fit_are_read(exported):
 
 
 def test_bands_and_models_that_cannot_be_are_named(tmp_path, ngram):
+    (tmp_path / "config.json").write_text("{}")  # a model without tokenizer and weights
     found = Perplexity(model=str(tmp_path), least=2.0, most=1.0, most_tokens=0).problems("k")
     assert [problem.key for problem in found] == ["k.model", "k.most", "k.most_tokens"]
     assert Perplexity(model=str(ngram)).state() != Perplexity(model=str(ngram.parent / "reference")).state()

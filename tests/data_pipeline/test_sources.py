@@ -290,3 +290,8 @@ def test_every_source_is_one_line_of_configuration(name):
         config = entry.typed(compose("data_pipeline", overrides=overrides), PipelineConfig)
     assert config.corpus.sources[name].paths == ["x"]
     assert config.corpus.order[0] == "unique_ids"
+
+
+def test_a_programming_language_that_is_not_known_is_refused():
+    (problem,) = Repositories(["src"], languages=["python", "cpp"]).problems("k")
+    assert problem.key == "k.languages" and problem.found == "cpp" and "c++" in problem.fix

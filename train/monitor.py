@@ -179,6 +179,8 @@ class Monitor:
             line["spike"] = int(_is_spike(line))
         self.last = line
         self.metrics.log(pending.step, line)
+        if skipped:
+            self.metrics.alert("spike", f"step {pending.step} was skipped, {_why(line)}")
 
     def _training_s(self) -> float:
         """A clock that stands still during validations."""
@@ -196,6 +198,11 @@ class Monitor:
 def _is_spike(figures: Mapping[str, Value]) -> bool:
     """Why a step was skipped: a spike has figures."""
     return math.isfinite(float(figures["loss"])) and math.isfinite(float(figures["grad_norm"]))
+
+
+def _why(line: Mapping[str, Value]) -> str:
+    reason = "far above those before" if line["spike"] else "not finite"
+    return f"loss or gradient norm {reason}: loss {line['loss']:.4g}, norm {line['grad_norm']:.4g}"
 
 
 def _rate(before: tuple[float, int], after: tuple[float, int]) -> float:

@@ -64,6 +64,21 @@ def test_jsonl_stays_json_when_a_figure_is_not_finite(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)["loss"] is None
 
 
+def test_an_alert_is_kept_and_shown_though_its_step_is_trained_again(tmp_path, capsys):
+    for resumed_step in (0, 4):
+        metrics = Metrics(
+            {"jsonl": Jsonl(), "console": Console(), "tensorboard": TensorBoard()}, run_in(tmp_path, resumed_step)
+        )
+        metrics.alert("spike", f"step {resumed_step + 5} was skipped")
+        metrics.close({})
+    lines = read(tmp_path / "alerts.jsonl")
+    assert [(line["kind"], line["text"]) for line in lines] == [
+        ("spike", "step 5 was skipped"),
+        ("spike", "step 9 was skipped"),
+    ]
+    assert "ALERT spike: step 5 was skipped" in capsys.readouterr().out
+
+
 @dataclass(frozen=True)
 class Dying:
     """A tracker that fails at a point."""
@@ -83,14 +98,19 @@ class Dying:
         if self.point == "close":
             raise ConnectionError("no server")
 
+    def alert(self, kind, text):
+        if self.point == "alert":
+            raise ConnectionError("no server")
 
-@pytest.mark.parametrize("point", ["open", "log", "close"])
+
+@pytest.mark.parametrize("point", ["open", "log", "alert", "close"])
 def test_a_dead_tracker_is_named_once_and_the_others_go_on(tmp_path, point):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         metrics = Metrics({"dying": Dying(point), "jsonl": Jsonl()}, run_in(tmp_path))
         for step in (1, 2, 3):
             metrics.log(step, {"loss": 1.0})
+            metrics.alert("stall", "no step")
         metrics.close({})
     assert [str(w.message) for w in seen if "dying" in str(w.message)] == [
         "logger dying failed and is left out from here on: ConnectionError('no server')"

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 
 Value = float | int | str
 
+ALERTS = ("spike", "stall", "gate", "fault", "straggler")
+"""What a person is told of at once, beside the figures."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -30,7 +33,7 @@ class Run:
 
 
 class Sink(Protocol):
-    """An open record of one run."""
+    """An open record of one run. One that can tell people also has `alert(kind, text)`, called from any thread."""
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
         """One line of figures: of a training step, or (with `validation_loss` among them) of a validation after it."""
@@ -60,6 +63,19 @@ class Metrics:
         for name, sink in list(self._sinks.items()):
             with self._spared(name):
                 sink.log(step, values)
+
+    def alert(self, kind: str, text: str) -> None:
+        """Tell every sink that can pass it on; from any thread.
+
+        Args:
+            kind: one of ALERTS.
+            text: what happened, in a sentence.
+        """
+        assert kind in ALERTS, kind
+        for name, sink in list(self._sinks.items()):
+            if hasattr(sink, "alert"):
+                with self._spared(name):
+                    sink.alert(kind, text)
 
     def close(self, summary: Mapping[str, Value]) -> None:
         for name, sink in list(self._sinks.items()):

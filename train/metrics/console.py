@@ -80,6 +80,9 @@ class _Plain:
             skipped = ["SKIPPED: spike" if values.get("spike") else "SKIPPED"] if "skipped" in values else []
             print(f"step {step}/{self._run.steps}  " + "  ".join(describe(values) + skipped), flush=True)
 
+    def alert(self, kind: str, text: str) -> None:
+        print(f"ALERT {kind}: {text}", flush=True)
+
     def close(self, summary: Mapping[str, Value]) -> None:
         pass
 
@@ -103,6 +106,9 @@ class _Live:
             self._progress.console.print(_validation(step, self._run.steps, values))
         else:
             self._progress.update(self._task, completed=step, figures="  ".join(describe(values)))
+
+    def alert(self, kind: str, text: str) -> None:
+        self._progress.console.print(f"ALERT {kind}: {text}", style="bold red", markup=False)
 
     def close(self, summary: Mapping[str, Value]) -> None:
         self._progress.stop()

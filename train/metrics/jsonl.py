@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +13,20 @@ from data_pipeline.artifact import write_atomically
 from train.metrics.base import Run, Sink, Value
 
 FILE = "metrics.jsonl"
+ALERTS_FILE = "alerts.jsonl"
 
 
 @register("logger", "jsonl", package="logger.jsonl")
 @dataclass(frozen=True)
 class Jsonl:
-    """Append every figure to `metrics.jsonl` in the run directory. After a resume the lines of steps that are trained
-    again are dropped."""
+    """Append every figure to `metrics.jsonl` in the run directory, every alert to `alerts.jsonl`. After a resume the
+    figures of steps that are trained again are dropped; what was alerted did happen, and stays."""
 
     def open(self, run: Run) -> Sink:
         file = run.directory / FILE
         kept = [line for line in read(file) if _before(line, run.resumed_step)]
         write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept))
-        return _Lines(file)
+        return _Lines(file, run.directory / ALERTS_FILE)
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -45,13 +47,18 @@ def _before(line: Mapping[str, Any], resumed_step: int) -> bool:
 
 
 class _Lines:
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, alerts: Path):
         self._stream = open(file, "a", buffering=1)  # noqa: SIM115  closed by close()
+        self._alerts = alerts
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
         # JSON has no NaN; a figure that is none is null.
         line = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
         self._stream.write(json.dumps({"step": step, **line}) + "\n")
+
+    def alert(self, kind: str, text: str) -> None:
+        with open(self._alerts, "a") as stream:
+            stream.write(json.dumps({"time": round(time.time(), 3), "kind": kind, "text": text}) + "\n")
 
     def close(self, summary: Mapping[str, Value]) -> None:
         self._stream.close()

@@ -79,6 +79,9 @@ class _Tracker:
         group = "validation" if "validation_loss" in values else "train"
         self._run.log({"step": step, **{f"{group}/{n.removeprefix('validation_')}": v for n, v in values.items()}})
 
+    def alert(self, kind: str, text: str) -> None:
+        self._run.alert(title=kind, text=text, level="ERROR" if kind == "fault" else "WARN")
+
     def close(self, summary: Mapping[str, Value]) -> None:
         self._run.summary.update(dict(summary))
         self._run.finish(exit_code=0 if summary else 1)

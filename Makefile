@@ -34,7 +34,7 @@ demo: setup ## raw text to a verified model in minutes, ending with runs/demo/re
 	$(RUN) launchers.lifecycle lifecycle=demo
 
 test: setup-dev ## the quick lane: unit tests, oracles, parity, one run end to end
-	$(RUN) pytest -m "not slow and not slurm and not vllm and not gpu"
+	$(RUN) pytest -m "not slow and not vllm and not gpu"
 
 test-full: setup-dev ## everything that this machine can run
 	$(RUN) pytest

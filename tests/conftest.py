@@ -1,4 +1,4 @@
-"""What several tests of the data pipeline share."""
+"""What tests of every room share."""
 
 import tempfile
 from pathlib import Path
@@ -10,6 +10,6 @@ from tests import slurm as slurm_here
 
 @pytest.fixture(scope="session")
 def slurm():
-    """A Slurm that takes jobs."""
+    """A Slurm of three nodes that takes jobs; see `tests.slurm.Cluster`. There is one for all tests."""
     with tempfile.TemporaryDirectory(prefix="slurm-") as root:
         yield from slurm_here.running(Path(root))

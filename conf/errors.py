@@ -19,6 +19,13 @@ class OccupiedError(LongrunError):
     exit_code = 73  # EX_CANTCREAT of sysexits.h
 
 
+class LostError(LongrunError):
+    """Lost through no fault of the run's own: another rank died or hangs, a machine is gone, the network broke. The
+    same command, started again, goes on; launchers do so, at most so many times without progress."""
+
+    exit_code = 76
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong with a configuration.

@@ -4,9 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from conf.errors import LostError
+
 DONE = 0
 STOPPED_EARLY = 75
 """Stopped on request or preemption with a checkpoint written: start me again."""
+LOST = LostError.exit_code
+"""A rank, a machine or the network was lost, by no fault of the run: start me again while that brings it forward."""
 
 Output = Callable[[int, str], None]
 """Called with the rank and one line it printed, without the line's end; from any thread."""
@@ -17,8 +21,8 @@ class Ended:
     """How a stage's processes ended.
 
     Args:
-        code: 0 all did; 75 they stopped early with a checkpoint; else the code of the rank that failed first, 128 + n
-            where signal n killed it.
+        code: 0 all did; 75 they stopped early with a checkpoint; 76 a rank was killed or lost, and none failed; else
+            the code of the rank that failed first.
         reason: in words, for a code that is neither.
     """
 

@@ -79,7 +79,8 @@ class LifecycleConfig:
         stages: name -> what is run; the name is also the stage's directory.
         launcher: who starts processes.
         concurrent: stages that may run at the same time, where the graph allows it.
-        restarts: times a stage is started again after it stopped early with a checkpoint (exit code 75).
+        restarts: times in a row that a stage is started again, without a new checkpoint in between, after it stopped
+            early (exit code 75) or lost a rank (76, or killed by a signal).
         dry_run: check everything and show what would be run, without running it.
     """
 
@@ -88,7 +89,7 @@ class LifecycleConfig:
     stages: dict[str, StageSpec] = field(default_factory=dict)
     launcher: Any = MISSING
     concurrent: int = 1
-    restarts: int = 10
+    restarts: int = 3
     dry_run: bool = False
 
     def order(self) -> list[str]:

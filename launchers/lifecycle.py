@@ -25,9 +25,10 @@ from conf.errors import LongrunError, OccupiedError
 from conf.registry import discover
 from data_pipeline.artifact import MANIFEST, Artifact, ArtifactError, fingerprint, locked, write_atomically
 from launchers import preflight
-from launchers.base import DONE, STOPPED_EARLY, Ended, Running
+from launchers.base import DONE, LOST, STOPPED_EARLY, Ended, Running
 from launchers.display import Display, Row, duration, headline
 from launchers.graph import LifecycleConfig
+from launchers.restarts import CHECKPOINTS, Restarts
 
 discover(launchers)
 
@@ -50,15 +51,15 @@ class Attempt:
         log: where every line goes.
         before: the artifact that was there at the start, and when its manifest was written.
         cut: the directory held an unfinished run.
-        restarts: times it was started again with a checkpoint.
+        restarts: those it had, and whether it may have another.
     """
 
     log: Path
     before: tuple[str, int] | None
     cut: bool
+    restarts: Restarts
     running: Running = field(init=False)
     started_s: float = field(default_factory=time.monotonic)
-    restarts: int = 0
     moved_aside: bool = False
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
 
@@ -209,8 +210,8 @@ class Life:
             pass  # not made yet, or cut
         self.book["done"].pop(name, None)
         self._write_book()
-        cut = before is None and (directory / "checkpoints").is_dir()
-        self.running[name] = Attempt(log, before, cut)
+        cut = before is None and (directory / CHECKPOINTS).is_dir()
+        self.running[name] = Attempt(log, before, cut, Restarts(directory / CHECKPOINTS, self.config.restarts))
         self._launch(name, self.running[name])
 
     def _launch(self, name: str, attempt: Attempt) -> None:
@@ -236,9 +237,9 @@ class Life:
             attempt.moved_aside = True
             self._move_aside(name, "was made by another configuration or other inputs")
             self._launch(name, attempt)
-        elif ended.code == STOPPED_EARLY and not self.stop_requests and attempt.restarts < self.config.restarts:
-            attempt.restarts += 1
-            self.display.say(f"{name} stopped early with a checkpoint; start {attempt.restarts + 1}", style="yellow")
+        elif ended.code in (STOPPED_EARLY, LOST) and not self.stop_requests and attempt.restarts.another():
+            why = "stopped early with a checkpoint" if ended.code == STOPPED_EARLY else f"was lost: {ended.reason}"
+            self.display.say(f"{name} {why}; start {attempt.restarts.count + 1}", style="yellow")
             self._launch(name, attempt)
         else:
             del self.running[name]
@@ -257,10 +258,11 @@ class Life:
         if self.stop_requests and ended.code != DONE:
             return Row(name, "cut", note=f"stopped on request; {ended.reason}")
         if ended.code == STOPPED_EARLY:
-            return Row(name, "failed", note=f"stopped early {attempt.restarts + 1} times; see restarts")
+            return Row(name, "failed", note=f"stopped early {attempt.restarts.starts}; see restarts")
         if ended.code != DONE:
             self._show_last_lines(name, attempt)
-            return Row(name, "failed", note=ended.reason)
+            lost = f" ({attempt.restarts.starts}; see restarts)" if ended.code == LOST else ""
+            return Row(name, "failed", note=ended.reason + lost)
         try:
             artifact = Artifact.read(self.root / name)
         except ArtifactError as error:
@@ -268,7 +270,7 @@ class Life:
             return Row(name, "failed", note=f"it exited with 0, but {error}")
         self.book["done"][name] = self._record(name, artifact)
         after = (artifact.id, (artifact.path / MANIFEST).stat().st_mtime_ns)
-        state = "skipped" if after == attempt.before else "resumed" if attempt.cut or attempt.restarts else "done"
+        state = "skipped" if after == attempt.before else "resumed" if attempt.cut or attempt.restarts.count else "done"
         return self._row(name, state, artifact)
 
     def _row(self, name: str, state: str, artifact: Artifact) -> Row:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from conf.errors import Problem
 from conf.registry import register
-from launchers.base import DONE, STOPPED_EARLY, Ended, Output
+from launchers.base import DONE, LOST, STOPPED_EARLY, Ended, Output
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 LAST_WORDS_S = 2.0
@@ -101,7 +101,7 @@ class LocalProcesses:
             return None  # what it said last, often why it failed, is still in the pipe
         if self.failed:
             self.kill()  # what the ranks themselves started
-            return _failure(self.failed[0], codes[self.failed[0]] or 0, len(codes))
+            return _failure({rank: codes[rank] or 0 for rank in self.failed}, len(codes))
         return Ended(STOPPED_EARLY if STOPPED_EARLY in codes else DONE)
 
     def stop(self) -> None:
@@ -117,12 +117,18 @@ class LocalProcesses:
                 continue
 
 
-def _failure(rank: int, code: int, processes: int) -> Ended:
-    who = "it" if processes == 1 else f"rank {rank} of {processes}"
+def _failure(codes: dict[int, int], processes: int) -> Ended:
+    """A rank's own error before the signal that killed one, and both before what the others then said of it.
+
+    Args:
+        codes: rank -> exit code, the first to end first.
+    """
+    rank = min(codes, key=lambda rank: (codes[rank] == LOST, codes[rank] < 0))
+    code, who = codes[rank], "it" if processes == 1 else f"rank {rank} of {processes}"
     if code >= 0:
         return Ended(code, f"{who} exited with code {code}")
     hint = "; is there enough memory?" if -code == signal.SIGKILL else ""
-    return Ended(128 - code, f"{who} was killed by {signal.Signals(-code).name}{hint}")
+    return Ended(LOST, f"{who} was killed by {signal.Signals(-code).name}{hint}")
 
 
 def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from conf.errors import LongrunError
+from conf.errors import LongrunError, LostError
 from parallel.watch import PATIENCE_S, Watch
 
 T = TypeVar("T")
@@ -30,7 +30,11 @@ _watch: Watch | None = None
 
 
 class DistributedError(LongrunError):
-    """The processes of a run could not find each other."""
+    """The launcher's variables name no place in a run."""
+
+
+class RendezvousError(LostError):
+    """The processes of a run could not find each other: a machine is missing, or another program has the port."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,8 @@ def start(rendezvous_s: float = 300, collective_s: float = 600) -> World:
         collective_s: seconds after which a collective that not all ranks reach ends the run.
 
     Raises:
-        DistributedError: the port is taken, or processes are missing; names them.
+        DistributedError: the environment names no place in a run.
+        RendezvousError: the port is taken, or processes are missing; names them.
     """
     global _started, _incarnation
     if _started is not None:
@@ -189,8 +194,9 @@ def joined(patience_s: float = PATIENCE_S, **limits: float) -> Iterator[World]:
         limits: of `start()`.
 
     Raises:
-        DistributedError: see `start()`.
-        PeerError: another rank died, hangs or failed; names it.
+        DistributedError, RendezvousError: see `start()`.
+        PeerError: another rank died or hangs; names it.
+        PeerFailedError: another rank failed; gives its reason.
     """
     global _watch
     world = start(**limits)
@@ -277,7 +283,7 @@ def _rendezvous(here: Place, timeout_s: float) -> dist.Store:
         _store.wait([name.format(rank) for rank in range(here.size)], timedelta(seconds=timeout_s))
     except dist.DistError as error:
         missing = [rank for rank in range(here.size) if not _store.check([name.format(rank)])]
-        raise DistributedError(
+        raise RendezvousError(
             f"rank {', '.join(map(str, missing))} of {here.size} did not come within {timeout_s:g} s (rank {here.rank} "
             f"waits at {here.address}:{here.port}). Look at the output of that rank, and whether every machine was "
             "started with the same number of processes."
@@ -303,8 +309,8 @@ def _connect(here: Place, timeout_s: float) -> dist.TCPStore:
     except dist.DistError as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             message = f"port {where} is in use by another program: set MASTER_PORT to a free one."
-            raise DistributedError(message) from error
-        raise DistributedError(
+            raise RendezvousError(message) from error
+        raise RendezvousError(
             f"rank {here.rank} of {here.size} cannot reach rank 0 at {where} ({error}). Is rank 0 running, and does "
             "MASTER_ADDR name its machine?"
         ) from error

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
-from conf.errors import LongrunError
+from conf.errors import LongrunError, LostError
 
 BEAT_S = 1.0
 """Between two signs."""
@@ -46,8 +46,12 @@ BROKEN = re.compile(
 """What the transports say when it is another rank's fault."""
 
 
-class PeerError(LongrunError):
-    """Another rank died, hangs or failed; the message names it."""
+class PeerError(LostError):
+    """Another rank died or hangs; the message names it."""
+
+
+class PeerFailedError(LongrunError):
+    """Another rank failed, by an error of its own; the message has its reason. The same command would fail again."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,17 @@ class Verdict:
     Args:
         ranks: those at fault.
         text: the message.
+        lost: whether they are gone or hang; else one of them failed.
     """
 
     ranks: list[int]
     text: str
+    lost: bool = True
+
+    @property
+    def error(self) -> LongrunError:
+        """For the other ranks."""
+        return PeerError(self.text) if self.lost else PeerFailedError(self.text)
 
 
 class Watch:
@@ -117,17 +128,18 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
-    def blame(self, error: BaseException) -> PeerError | None:
+    def blame(self, error: BaseException) -> LongrunError | None:
         """The error that took this rank out of the run, as another rank's fault. None where it is its own, of which the
         others are told; or where nobody is found, after a few times SUSPICION_S."""
         if _broken(error):
             self._state = HURT
             self._told.wait(4 * SUSPICION_S)
-            return PeerError(self._verdict.text) if self._verdict else None
+            return self._verdict.error if self._verdict else None
         if not isinstance(error, SystemExit):  # another rank's error, which it reports, or none
             said = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             where = _who({self.rank: Sign(self._host)}, self.size)
-            self._publish(Verdict([self.rank], f"{where} failed at step {self.step}: {said}"))
+            lost = isinstance(error, LostError)
+            self._publish(Verdict([self.rank], f"{where} failed at step {self.step}: {said}", lost))
         return None
 
     def close(self) -> None:
@@ -169,7 +181,7 @@ class Watch:
         print(f"[rank {self.rank}] error: {verdict.text}", file=sys.stderr, flush=True)
         if self.rank in verdict.ranks:
             faulthandler.dump_traceback(sys.__stderr__ or 2)
-        os._exit(PeerError.exit_code)
+        os._exit(verdict.error.exit_code)
 
     def _say(self) -> None:
         self._count += 1

@@ -18,8 +18,10 @@ from conf.errors import Problem
 from conf.registry import discover, register
 from parallel.distributed import place
 from parallel.layout import Layout
+from train.failures import Failures
 
 register("parallel", "layout")(Layout)
+register("failures", "failures")(Failures)
 for package in (
     data_pipeline,
     parallel.engines,
@@ -51,6 +53,7 @@ class RunConfig:
         eval: what is measured, and the gate.
         export: the format that is handed on.
         logger: where metrics go; several at once.
+        failures: when other ranks are given up, and what is tried again.
         init_from: Hugging Face directory, or artifact holding one, to start from; empty for random weights.
         seed: of initialisation, data order, dropout and sampling.
         name: the run's name.
@@ -71,6 +74,7 @@ class RunConfig:
     eval: Any = None
     export: Any = None
     logger: dict[str, Any] = field(default_factory=dict)
+    failures: Failures = field(default_factory=Failures)
     init_from: str = ""
     seed: int = 0
     name: str = "${stage.kind}"
@@ -83,7 +87,8 @@ class RunConfig:
         found = [] if self.resume in ("auto", "never") else [Problem("resume", self.resume, "one of auto, never")]
         # A dry run judges the layout by itself: the machine it is meant for is elsewhere.
         world_size = self.parallel.world_size if self.dry_run else place().size
-        for part in (self.stage, self.model, self.data, self.engine, self.optim, self.schedule, self.objective):
+        named = ("stage", "model", "data", "engine", "optim", "schedule", "objective", "failures")
+        for part in (getattr(self, name) for name in named):
             if hasattr(part, "problems"):
                 found += part.problems(self, world_size)
         return found

@@ -31,6 +31,7 @@ IRRELEVANT = (
     "engine.cpu",
     "engine.transformer_engine",
     "logger",
+    "failures",
     "eval",
     "export",
     "data.path",

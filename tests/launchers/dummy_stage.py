@@ -64,10 +64,13 @@ def main(config: DummyConfig, resolved: dict[str, Any]) -> int:
                 return 75
             case "always early":
                 return 75
+            case "loses a rank" if int(starts.read_text()) < 3:
+                (directory / "checkpoints" / f"step-{int(starts.read_text()):08d}").mkdir()
+                return 76
+            case "always loses a rank":
+                os.kill(os.getpid(), signal.SIGKILL)
             case "leaves nothing":
                 return 0
-            case "dies":
-                os.kill(os.getpid(), signal.SIGKILL)
             case "stops on request":
                 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
             case "ignores requests":

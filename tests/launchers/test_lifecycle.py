@@ -148,6 +148,20 @@ def test_restarts_are_bounded(live):
     assert (live.root / "a" / "starts").read_text() == "3"
 
 
+def test_a_stage_that_lost_a_rank_is_started_again_while_that_brings_it_forward(live):
+    code, states, shown = live({"a": dummy(set={"behaviour": "loses a rank"})}, restarts=1)
+    assert (code, states) == (0, {"a": "resumed"}) and "a was lost: it exited with code 76; start 3" in shown
+
+
+def test_a_stage_that_loses_ranks_in_vain_is_given_up(live):
+    code, states, shown = live({"a": dummy(set={"behaviour": "always loses a rank"})}, restarts=1)
+    assert (code, states) == (1, {"a": "failed"})
+    assert (
+        "killed by SIGKILL; is there enough memory? (2 times without a new checkpoint in between; see restarts)"
+        in shown
+    )
+
+
 def test_independent_stages_run_side_by_side_when_asked(live):
     stages = {
         "a": dummy(set={"seconds": 1.0}),

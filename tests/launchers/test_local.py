@@ -1,13 +1,12 @@
 """Ranks on this machine: how they find each other, how they end together, what is said of it."""
 
 import os
-import signal
 import time
 from pathlib import Path
 
 import pytest
 
-from launchers.base import Ended
+from launchers.base import LOST, Ended
 from launchers.local import Local
 
 RANK = """
@@ -93,10 +92,23 @@ def test_the_rank_that_failed_first_is_named_and_the_others_end(ranks):
     assert ended(running) == Ended(3, "rank 1 of 2 exited with code 3")
 
 
-def test_a_killed_process_is_told_by_its_signal(ranks):
+def test_a_killed_process_is_lost_and_told_by_its_signal(ranks):
     running, _ = ranks("os.kill(os.getpid(), 9)", processes=1)
-    result = ended(running)
-    assert result.code == 128 + signal.SIGKILL and "SIGKILL" in result.reason and "memory" in result.reason
+    assert ended(running) == Ended(LOST, "it was killed by SIGKILL; is there enough memory?")
+
+
+@pytest.mark.parametrize(
+    ("rank_1", "expected"),
+    [
+        ("os.kill(os.getpid(), 7)", Ended(LOST, "rank 1 of 3 was killed by SIGBUS")),
+        ("sys.exit(3)", Ended(3, "rank 1 of 3 exited with code 3")),
+        ("sys.exit(76)", Ended(LOST, "rank 0 of 3 exited with code 76")),
+    ],
+)
+def test_what_the_others_say_of_a_rank_that_went_counts_for_less_than_how_it_went(ranks, rank_1, expected):
+    """They may be the first to end."""
+    running, _ = ranks(f"rank == 1 and (time.sleep(0.3), {rank_1}); sys.exit(76)", 3)
+    assert ended(running) == expected
 
 
 def test_killing_takes_what_a_rank_started_with_it(ranks):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from parallel import distributed
-from parallel.distributed import DistributedError, Place, place
+from parallel.distributed import DistributedError, Place, RendezvousError, place
 from tests.ranks import RanksError, run_ranks
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
@@ -117,7 +117,7 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(taken.getsockname()[1])}.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(DistributedError, match="in use by another program: set MASTER_PORT"):
+        with pytest.raises(RendezvousError, match="in use by another program: set MASTER_PORT"):
             distributed.start(rendezvous_s=1)
 
 

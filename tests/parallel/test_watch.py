@@ -196,7 +196,7 @@ def hang_on_rank_1(directory: Path) -> None:
 
 
 def test_a_rank_that_hangs_is_named_and_shows_where_it_stands(tmp_path):
-    with pytest.raises(RanksError, match="rank 1 of 3 failed: it died with exit code 1") as failure:
+    with pytest.raises(RanksError, match="rank 1 of 3 failed: it died with exit code 76") as failure:
         run_ranks(3, hang_on_rank_1, tmp_path)
     assert "in hang_on_rank_1" in str(failure.value)
     for rank in ("0", "2"):
@@ -213,7 +213,7 @@ def suspend_rank_2() -> None:
 
 
 def test_ranks_that_wait_for_a_suspended_one_are_ended_and_name_it() -> None:
-    with pytest.raises(RanksError, match=r"rank [01] of 3 failed: it died with exit code 1") as failure:
+    with pytest.raises(RanksError, match=r"rank [01] of 3 failed: it died with exit code 76") as failure:
         run_ranks(3, suspend_rank_2)
     assert "error: rank 2 of 3 (on " in str(failure.value)
 
@@ -247,7 +247,7 @@ def test_when_a_rank_is_killed_the_others_end_in_seconds_and_name_it(corpus, tmp
     running.signal(signal.SIGKILL, killed)
     codes = running.wait(timeout_s=30)
     assert codes.pop(killed) == -signal.SIGKILL
-    assert codes == [1, 1]
+    assert codes == [PeerError.exit_code] * 2
     for rank in {0, 1, 2} - {killed}:
         assert f"[rank {rank}] error: rank {killed} of 3 (" in running.output(rank), running.output(rank)
         assert "Traceback" not in running.output(rank), running.output(rank)

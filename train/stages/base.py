@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from conf.errors import Problem
+from conf.errors import LostError, Problem
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 DONE = 0
 STOPPED_EARLY = 75
 """Stopped on request or preemption with a checkpoint written: start me again."""
+LOST = LostError.exit_code
+"""Another rank or a machine was lost, or hangs: start me again, at most so many times without progress."""
 
 
 class Stage:

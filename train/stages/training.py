@@ -145,13 +145,13 @@ class Training(Stage):
             DivergedError: see stage.max_skipped.
             CheckpointError: a checkpoint cannot be written or read.
             DisagreementError: the ranks were not started alike.
-            PeerError: another rank died, hangs or failed.
+            RendezvousError, PeerError, PeerFailedError: see `parallel.distributed.joined`.
         """
         with ExitStack() as stack:
             signals = stack.enter_context(StopSignals())
             if self.deterministic:
                 determinism.enforce()
-            world = stack.enter_context(distributed.joined())
+            world = stack.enter_context(distributed.joined(**config.failures.limits))
             resolved = with_options(config, resolved)
             check_agreement(resolved)
             directory = Path(config.run_dir)

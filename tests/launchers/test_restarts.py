@@ -1,0 +1,20 @@
+"""Restarts are paid for by checkpoints."""
+
+from launchers.restarts import Restarts, newest_step
+from train.checkpoint import damaged_of, path_of, temporary_of
+
+
+def test_only_committed_checkpoints_count(tmp_path):
+    assert newest_step(tmp_path / "absent") == -1
+    path_of(tmp_path, 4).mkdir()
+    damaged_of(tmp_path, 8).mkdir()
+    temporary_of(tmp_path, 12).mkdir()
+    assert newest_step(tmp_path) == 4
+
+
+def test_a_new_checkpoint_pays_for_the_restarts_before_it(tmp_path):
+    restarts = Restarts(tmp_path, limit=2)
+    assert [restarts.another() for _ in range(3)] == [True, True, False]
+    path_of(tmp_path, 4).mkdir()
+    assert [restarts.another() for _ in range(3)] == [True, True, False]
+    assert restarts.count == 4 and restarts.starts == "3 times without a new checkpoint in between"

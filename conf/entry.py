@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf import secrets
 from conf.errors import ConfigError, LongrunError, Problem
 from conf.registry import OPTIONS
 
@@ -32,6 +33,15 @@ def run(config_name: str, schema: type[C], main: Callable[[C, dict[str, Any]], i
         schema: its dataclass; `schema.problems()`, where it exists, lists what is wrong before anything starts.
         main: given the typed configuration and its plain, resolved form; returns the exit code.
     """
+    try:
+        secrets.check_arguments(sys.argv[1:])
+    except ConfigError as error:
+        raise SystemExit(tell(error)) from None
+    with secrets.unprinted():
+        _run(config_name, schema, main)
+
+
+def _run(config_name: str, schema: type[C], main: Callable[[C, dict[str, Any]], int]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # composition errors reach `explain` below
     ConfigStore.instance().store(**HELP, node={"app_name": config_name, "template": _help(schema)})
 
@@ -77,8 +87,10 @@ def typed(node: DictConfig, schema: type[C]) -> C:
     """The composed configuration as an instance of its dataclass, checked.
 
     Raises:
-        ConfigError: lists every problem.
+        ConfigError: lists every problem, or every secret.
     """
+    if found := secrets.problems(OmegaConf.to_container(node, resolve=True)):  # type: ignore[arg-type]
+        raise ConfigError(found)
     config = OmegaConf.to_object(node)
     assert isinstance(config, schema), f"the primary configuration does not use the schema {schema.__name__}"
     problems: list[Problem] = config.problems() if hasattr(config, "problems") else []

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import launchers
-from conf import entry
+from conf import entry, secrets
 from conf.errors import LongrunError, OccupiedError
 from conf.registry import discover
 from data_pipeline.artifact import MANIFEST, Artifact, ArtifactError, fingerprint, locked, write_atomically
@@ -72,6 +72,7 @@ class Life:
         self.root = Path(config.root)
         self.order = config.order()
         self.display = Display(self.order)
+        self.redacted = secrets.redactor()
         self.code = code_fingerprint()
         self.book = self._read_book()
         self.rows: dict[str, Row] = {}
@@ -224,6 +225,7 @@ class Life:
             log.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')}{on} {command}\n")
 
         def output(rank: int, line: str) -> None:
+            line = self.redacted(line)
             attempt.last_lines.append(line)
             self.display.line(name, rank, line)
             with self.display.lock, open(attempt.log, "a") as log:

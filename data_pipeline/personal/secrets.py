@@ -5,45 +5,18 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from conf.secrets import KEY_BLOCK, TOKEN_PATTERNS, URL_PASSWORD
 from data_pipeline.personal.spans import Span, disjoint
 
-KEY_BLOCK = re.compile(r"-----BEGIN (?:[A-Z0-9]{1,20} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 KEY_END = re.compile(r"-----END (?:[A-Z0-9]{1,20} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 KEY_BODY = re.compile(r"[A-Za-z0-9+/=:,\s\\-]{0,16384}")
 LONGEST_KEY = 16_384
 """Characters of a key block; what is longer is no key."""
-TOKENS = {
-    # how every key of a service begins: how it goes on
-    "AKIA": r"[A-Z2-7]{16}",  # AWS
-    "ASIA": r"[A-Z2-7]{16}",
-    "ghp_": r"[A-Za-z0-9]{36,255}+",  # GitHub
-    "gho_": r"[A-Za-z0-9]{36,255}+",
-    "ghu_": r"[A-Za-z0-9]{36,255}+",
-    "ghs_": r"[A-Za-z0-9]{36,255}+",
-    "ghr_": r"[A-Za-z0-9]{36,255}+",
-    "github_pat_": r"\w{22,255}+",
-    "glpat-": r"[\w-]{20,64}+",  # GitLab
-    "xox": r"[abeoprs]-[A-Za-z0-9-]{10,250}+",  # Slack
-    "AIza": r"[\w-]{35}",  # Google
-    "sk_live_": r"[A-Za-z0-9]{16,247}+",  # Stripe
-    "rk_live_": r"[A-Za-z0-9]{16,247}+",
-    "sk-": r"[\w-]{20,250}+",  # OpenAI, Anthropic
-    "hf_": r"[A-Za-z]{34}",  # Hugging Face
-    "npm_": r"[A-Za-z0-9]{36}",
-    "pypi-AgE": r"[\w-]{50,250}+",
-    "SG.": r"[\w-]{22}\.[\w-]{43}",  # SendGrid
-    "eyJ": r"[\w-]{10,1000}+\.eyJ[\w-]{10,4000}+\.[\w-]{16,1000}+",  # JSON web tokens (RFC 7519)
-}
-TOKEN_PATTERNS = {
-    begin: re.compile(rf"{re.escape(begin)}(?<![\w-]{re.escape(begin)}){rest}(?![\w-])")
-    for begin, rest in TOKENS.items()
-}
 SAMPLE = re.compile(
     r"example|sample|dummy|changeme|placeholder|redacted|your|xxxx|0000|123456|abcdef|abc123", re.IGNORECASE
 )
 COMMON = re.compile(r"passw|secret|token|^(?:pass|pwd|postgres|root|admin|guest)$", re.IGNORECASE)
 """What manuals write for a password."""
-URL_PASSWORD = re.compile(r"://[^\s/:@\"'<>]{0,64}:([^\s/:@\"'<>]{3,128})@")
 NAMES = (
     *("secret", "token", "password", "passwd", "pwd", "api_key", "apikey", "api-key", "access_key", "accesskey"),
     *("private_key", "auth_key", "client_key", "credential", "authorization"),

@@ -160,8 +160,10 @@ class Local:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
-            model = AutoModelForCausalLM.from_pretrained(self.directory, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                self.directory, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
         except (OSError, ValueError) as error:
             raise JudgeError(f"{self.directory} holds no model that can grade: {error}") from error
         return tokenizer, model.eval().to("cuda" if torch.cuda.is_available() else "cpu")

@@ -143,7 +143,7 @@ def _round(
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             try:
-                kind, content = pickle.loads(pipes[rank].recv_bytes())
+                kind, content = pickle.loads(pipes[rank].recv_bytes())  # noqa: S301  a pipe to our own child
             except EOFError:
                 processes[rank].join(10)
                 kind, content = FAILED, f"it died with exit code {processes[rank].exitcode}"
@@ -185,7 +185,8 @@ def _rank(
     torch = importlib.import_module("torch")
     torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))  # the server read another environment
     try:
-        fn, args = pickle.loads(payload)  # imports the module of fn, which should not count against its time
+        # It imports the module of fn, which should not count against its time.
+        fn, args = pickle.loads(payload)  # noqa: S301  an argument of our own parent
         items = fn(*args)
         kind = "item"
         while kind == "item":

@@ -3,6 +3,7 @@
 import getpass
 import hashlib
 import os
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from conf.errors import Problem
 from conf.registry import register
+from data_pipeline.executors import sealed
 from data_pipeline.executors.base import GO_ON, Executor, Job, PieceError
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 LARGEST_ARRAY = 1000
 """Elements of an array job; Slurm's own limit (MaxArraySize) is 1,001 if not set. Each works on several pieces if
 there are more."""
-JOB, ERRORS, OUTPUT = "job.pickle", "errors", "slurm"
+JOB, ERRORS, OUTPUT = "job.sealed", "errors", "slurm"
 """Beside the logs: the work, what went wrong by piece, what the elements printed."""
 
 
@@ -62,8 +64,6 @@ class Slurm(Executor):
         return workers or 2**31
 
     def run(self, job: Job, pieces: Sequence[int], workers: int) -> None:
-        import dill
-
         logs = job.directory.resolve()
         name = f"longrun-{hashlib.sha256(str(logs).encode()).hexdigest()[:12]}"
         self._wait(name)  # for the jobs of a run that was killed: they work on the same pieces
@@ -71,13 +71,14 @@ class Slurm(Executor):
         if not pieces:
             return
         elements = min(len(pieces), LARGEST_ARRAY)
-        number = self._submit(job, name, [pieces[element::elements] for element in range(elements)], workers)
+        key = secrets.token_hex()
+        number = self._submit(job, name, [pieces[element::elements] for element in range(elements)], workers, key)
         print(f"  {len(pieces)} pieces of {logs.parent.name} are with Slurm as job {number}", flush=True)
         self._wait(name)
         lacking = {piece: place % elements for place, piece in enumerate(pieces) if not job.complete(piece)}
         for piece in lacking:
             if (error := logs / ERRORS / str(piece)).exists():
-                raise dill.loads(error.read_bytes())
+                raise sealed.read(error, key)
         if lacking:
             states = "; ".join(
                 f"piece {piece}: {_state(f'{number}_{element}')}" for piece, element in list(lacking.items())[:3]
@@ -88,15 +89,13 @@ class Slurm(Executor):
                 f"after TIMEOUT executor.minutes; a disk that is full leaves no output. {GO_ON}"
             )
 
-    def _submit(self, job: Job, name: str, shares: list[list[int]], workers: int) -> str:
+    def _submit(self, job: Job, name: str, shares: list[list[int]], workers: int, key: str) -> str:
         """Submit an array job; returns its number."""
-        import dill
-
         logs = job.directory.resolve()
         shutil.rmtree(logs / ERRORS, ignore_errors=True)
         for directory in (logs / ERRORS, logs / OUTPUT):
             directory.mkdir(parents=True, exist_ok=True)
-        (logs / JOB).write_bytes(dill.dumps((job, shares)))
+        sealed.write(logs / JOB, (job, shares), key)
         limit = f"%{workers}" if workers < len(shares) else ""
         settings = {
             "job-name": name,
@@ -112,7 +111,8 @@ class Slurm(Executor):
         }
         given = [f"--{key}={value}" for key, value in settings.items() if value]
         command = shlex.join([sys.executable, "-m", "data_pipeline.engine.element", str(logs / JOB)])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path, sealed.VARIABLE: key}
         try:
             answer = subprocess.run(
                 ["sbatch", "--parsable", "--requeue", *given],

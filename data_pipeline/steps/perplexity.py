@@ -86,8 +86,8 @@ def language_model(directory: str, most_tokens: int, device: str) -> Callable[[s
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model: Any = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False, use_safetensors=True)
     model.to(device).eval()
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     context = getattr(model.config, "max_position_embeddings", None) or most_tokens + 1

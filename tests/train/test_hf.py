@@ -154,6 +154,10 @@ def test_a_directory_without_weights_is_refused(directory):
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "lacks low_freq_factor, high_freq_factor"),
         ({"num_hidden_layers": ..., "hidden_size": ...}, "(?s)hidden_size is missing.*num_hidden_layers is missing"),
+        (
+            {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}},
+            r"auto_map names code .*modeling_own\.py.*never run",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(directory, keys, message):

@@ -119,7 +119,7 @@ def _svg(figure: Any, label: str) -> Markup:
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) width="([0-9.]+)pt"', r'\1 style="max-width: \2pt"', text, count=1)
     text = re.sub(r"font: ([0-9. ]*)([0-9]+px) [^;\"]*", r"font-weight: 400; font-size: \2", text)
-    return Markup(text.replace("<svg", '<svg role="img" aria-label="' + str(Markup.escape(label)) + '"', 1))
+    return Markup(text.replace("<svg", '<svg role="img" aria-label="' + str(Markup.escape(label)) + '"', 1))  # noqa: S704  Matplotlib's
 
 
 def thinned(values: Sequence[float]) -> list[float]:

@@ -109,7 +109,9 @@ def keeps_tokenizer(source: Source) -> bool:
     pre-tokeniser in the place of any other, and texts get other ids without a word."""
     from transformers import AutoTokenizer
 
-    theirs = json.loads(AutoTokenizer.from_pretrained(source.directory).backend_tokenizer.to_str())
+    theirs = json.loads(
+        AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False).backend_tokenizer.to_str()
+    )
     ours = json.loads(source.tokenizer.backend.to_str())
     return all(theirs[part] == ours[part] for part in ("normalizer", "pre_tokenizer"))
 

@@ -20,8 +20,15 @@ def main(directory: str, request_file: str, answer_file: str) -> None:
     with open(request_file, encoding="utf-8") as stream:
         request = json.load(stream)
     device = torch.device(request["device"])
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        directory,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
     model, loading = loaded[0].to(device).eval(), loaded[1]
 
     def logprobs() -> list[list[float]]:

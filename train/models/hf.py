@@ -85,6 +85,12 @@ def read_config(directory: str | Path) -> DecoderConfig:
         )
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     problems = [f"{key} is missing" for key in needed if not isinstance(content.get(key), int)]
+    if content.get("auto_map"):
+        code = ", ".join(sorted({str(value).split(".")[0] + ".py" for value in content["auto_map"].values()}))
+        problems.append(
+            f"auto_map names code of the model's own ({code}), which is never run; take auto_map out of the file where "
+            f"{ARCHITECTURES[kind]} computes the same"
+        )
     for key, neutral in NEUTRAL.items():
         if content.get(key) is not None and content[key] not in neutral:
             problems.append(f"{key}={content[key]!r} is not supported{f', only {neutral[0]!r}' if neutral else ''}")

@@ -6,7 +6,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol
 
 from parallel.engine import Engine, StepResult
-from train.checkpoint import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints
 from train.monitor import Monitor
 from train.objectives.base import MicroBatch, Objective
 from train.progress import Progress

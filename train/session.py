@@ -18,7 +18,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.mixture import Mixture
 from parallel.distributed import World
 from parallel.precision import compute_dtype
-from train import checkpoint
+from train.checkpoint.checkpoints import Checkpoints
 from train.loop import End, Loop, Validation
 from train.metrics.base import Metrics, Run
 from train.models import hf_weights
@@ -80,9 +80,7 @@ class Session:
             samples = config.data.open("train", start.tokenizer, config.seed)
             held_out = config.data.open("validation", start.tokenizer, config.seed)
         self.inputs = {**start.fingerprints, "samples": samples.fingerprint}
-        self.checkpoints = checkpoint.Checkpoints(
-            directory / CHECKPOINTS, every=stage.checkpoint_every, keep=stage.keep
-        )
+        self.checkpoints = Checkpoints(directory / CHECKPOINTS, every=stage.checkpoint_every, keep=stage.keep)
         stack.callback(self.checkpoints.close)
         self.engine = config.engine.build(
             start.build(),

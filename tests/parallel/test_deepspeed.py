@@ -22,7 +22,7 @@ from tests.data import tiny_corpus
 from tests.ranks import run_ranks
 from tests.train.runs import begin, complete, until
 from tools.parity import ADAMW, MODEL, MUON, VOCABULARY, Training, batch_of, shares
-from train.checkpoint import steps
+from train.checkpoint.committed import steps
 from train.metrics.jsonl import read
 from train.models.moe import MoE
 from train.models.transformer import initialise

@@ -25,7 +25,7 @@ from tools.inspect.__main__ import InspectConfig, main, only
 from tools.inspect.errors import InspectError
 from tools.inspect.run import Run
 from tools.inspect.trail import Corpus, follow, replayed, search
-from train.checkpoint import TRAINER, path_of
+from train.checkpoint.committed import TRAINER, path_of
 from train.config import RunConfig
 from train.progress import Progress
 from train.rundir import with_options, write_config

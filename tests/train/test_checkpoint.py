@@ -1,7 +1,9 @@
 """Checkpoints are whole or absent, and what comes back is what was saved."""
 
+import io
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -13,8 +15,8 @@ import torch
 from conf.errors import LongrunError
 from parallel import distributed
 from tests.ranks import run_ranks
-from train import checkpoint
-from train.checkpoint import CheckpointError, Checkpoints, DiskFullError, damage, steps, temporary_of
+from train.checkpoint.checkpoints import Checkpoints, DiskFullError, _record
+from train.checkpoint.committed import CHECKSUMS, CheckpointError, damage, steps, temporary_of
 
 
 def state(value: float, size: int = 1000) -> dict[str, torch.Tensor]:
@@ -115,9 +117,9 @@ def flip(file: Path) -> None:
 
 
 DAMAGES = {
-    "a flipped bit": lambda path: flip(path / "__0_0.distcp"),
-    "a truncated file": lambda path: os.truncate(path / "__0_0.distcp", 100),
-    "a missing file": lambda path: (path / "__0_0.distcp").unlink(),
+    "a flipped bit": lambda path: flip(path / "rank-00000.safetensors"),
+    "a truncated file": lambda path: os.truncate(path / "rank-00000.safetensors", 100),
+    "a missing file": lambda path: (path / "rank-00000.safetensors").unlink(),
     "flipped trainer state": lambda path: flip(path / "trainer.json"),
     "no checksums": lambda path: (path / "checksums.json").unlink(),
     "torn checksums": lambda path: os.truncate(path / "checksums.json", 40),
@@ -145,7 +147,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, capfd)
 
 def _going_on_from_an_earlier_one(directory):
     saved(directory, 10, 20)
-    flip(directory / "step-00000020" / "__0_0.distcp")
+    flip(directory / "step-00000020" / "rank-00000.safetensors")
     checkpoints = Checkpoints(directory, every=1, keep=1)
     resumed = checkpoints.restore(state(0))["step"]
     found = []
@@ -189,9 +191,69 @@ def _nothing_good(directory):
 def test_a_run_does_not_begin_anew_when_all_its_checkpoints_are_damaged(tmp_path):
     run_ranks(2, _round_trip, tmp_path)
     for step in (3, 7):
-        flip(tmp_path / f"step-{step:08d}" / "__0_0.distcp")
+        flip(tmp_path / f"step-{step:08d}" / "rank-00000.safetensors")
     for message in run_ranks(2, _nothing_good, tmp_path):
-        assert "step-00000003: __0_0.distcp has another checksum" in message and "step-00000007" in message
+        assert "step-00000003: rank-00000.safetensors has another checksum" in message and "step-00000007" in message
+
+
+class Malice:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+def zipped(content: object) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()
+
+
+def _pickles(directory):
+    """Each file of a checkpoint, and those that a reader of torch's would open, as a pickle, with sound checksums."""
+    saved(directory / "good", 1)
+    names = [path.name for path in (directory / "good" / "step-00000001").iterdir()]
+    assert len(names) == 4
+    found = {}
+    for name in (*names, ".metadata", "__0_0.distcp", "rank-00001.safetensors"):
+        for content in (pickle.dumps(Malice(directory / "mark")), zipped(Malice(directory / "mark"))):
+            bad = directory / "bad" / "step-00000001"
+            shutil.copytree(directory / "good", directory / "bad")
+            (bad / name).write_bytes(content)
+            if name != CHECKSUMS:
+                recorded = {path.name: _record(path) for path in bad.iterdir() if path.name != CHECKSUMS}
+                (bad / CHECKSUMS).write_text(json.dumps(recorded))
+            found[f"{name} {len(found)}"] = _nothing_good(directory / "bad")
+            shutil.rmtree(directory / "bad")
+    opened = (directory / "mark").exists()
+    pickle.loads(pickle.dumps(Malice(directory / "does it work")))
+    assert (directory / "does it work").exists()
+    return opened, found
+
+
+def test_a_pickle_in_place_of_any_file_of_a_checkpoint_is_not_opened(tmp_path):
+    [(opened, found)] = run_ranks(1, _pickles, tmp_path)
+    assert not opened
+    for name, said in found.items():
+        harmless = name.startswith(("__0_0", "rank-00001"))  # nothing refers to them
+        assert said is None if harmless else "cannot be read" in said or "is a pickle, of an older" in said, name
+
+
+def _of_an_older_release(directory):
+    distributed.start()
+    checkpoint = directory / "step-00000001"
+    torch.distributed.checkpoint.save(state(1), checkpoint_id=checkpoint)
+    (checkpoint / "trainer.json").write_text('{"step": 1}')
+    (checkpoint / CHECKSUMS).write_text(json.dumps({path.name: _record(path) for path in checkpoint.iterdir()}))
+    return _nothing_good(directory)
+
+
+def test_a_checkpoint_with_a_pickled_index_is_refused_in_so_many_words(tmp_path):
+    [said] = run_ranks(1, _of_an_older_release, tmp_path)
+    assert "step-00000001: its index (.metadata) is a pickle, of an older release" in said
 
 
 OTHERS = {
@@ -381,5 +443,5 @@ def test_a_process_killed_before_the_rename_leaves_the_checkpoint_before(tmp_pat
 def test_checksums_cover_every_file(tmp_path):
     run_ranks(1, _round_trip, tmp_path)
     path = tmp_path / "step-00000007"
-    recorded = json.loads((path / checkpoint.CHECKSUMS).read_text())
-    assert {p.name for p in path.iterdir()} == {*recorded, checkpoint.CHECKSUMS}
+    recorded = json.loads((path / CHECKSUMS).read_text())
+    assert {p.name for p in path.iterdir()} == {*recorded, CHECKSUMS}

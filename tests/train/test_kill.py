@@ -8,8 +8,8 @@ import pytest
 
 from tests.train.runs import begin, complete, until
 from tests.train.test_resume import assert_same_run, losses
-from train.checkpoint import damage
-from train.checkpoint import steps as committed
+from train.checkpoint.committed import damage
+from train.checkpoint.committed import steps as committed
 
 SETTINGS = (
     "stage.steps=16",

@@ -1,21 +1,23 @@
 """A checkpoint has no layout: every tensor of one comes back, bit for bit, at every other."""
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from parallel import distributed
 from tests.ranks import run_ranks
 from tools.parity.cells import EVERYTHING, EXPERTS
 from tools.parity.layouts import parse
 from tools.parity.training import Training, build, train
-from train.checkpoint import Checkpoints, path_of
+from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.committed import INDEX, path_of
 
 
 def _hops(directory: Path, training: Training, source: str, words: list[str]) -> None:
@@ -41,9 +43,21 @@ def _save(directory: Path, state: dict[str, Tensor]) -> None:
 
 
 def whole(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, read by one process."""
-    dcp_to_torch_save(path_of(directory, 1), directory / "whole.pt")
-    return torch.load(directory / "whole.pt")
+    """All tensors of a checkpoint, put together from what the safetensors library reads of its files."""
+    checkpoint = path_of(directory, 1)
+    files = {file.name: load_file(file) for file in checkpoint.glob("*.safetensors")}
+    tensors = {}
+    for name, entry in json.loads((checkpoint / INDEX).read_text()).items():
+        parts = []
+        for chunk in entry["chunks"]:
+            there = name if chunk["sizes"] == entry["shape"] else f"{name}@{','.join(map(str, chunk['offsets']))}"
+            parts.append((chunk["offsets"], files[chunk["file"]][there]))
+        tensors[name] = torch.empty(entry["shape"], dtype=parts[0][1].dtype)
+        for offsets, part in parts:
+            where = [slice(first, first + size) for first, size in zip(offsets, part.shape, strict=True)]
+            tensors[name][tuple(where)] = part
+        assert sum(part.numel() for _, part in parts) == tensors[name].numel(), name
+    return tensors
 
 
 def assert_nothing_is_lost(directory: Path, training: Training, *words: str) -> None:

@@ -15,7 +15,8 @@ import torch
 
 from conf.registry import register
 from parallel import distributed
-from train.checkpoint import Checkpoints, damage
+from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.committed import damage
 
 
 @register("bench", "checkpoint")

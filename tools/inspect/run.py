@@ -24,7 +24,7 @@ from data_pipeline.shards import Shard
 from data_pipeline.text import TextWindows
 from data_pipeline.tokenizer import Tokenizer
 from tools.inspect.errors import InspectError
-from train.checkpoint import TRAINER, path_of, steps
+from train.checkpoint.committed import TRAINER, path_of, steps
 from train.models import hf
 from train.rundir import CONFIG
 from train.session import CHECKPOINTS

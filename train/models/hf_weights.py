@@ -9,7 +9,6 @@ together), and its reader knows neither experts that are stored one by one nor a
 Shape suffixes: V vocabulary, N model width.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from parallel.gather import Gathered, block_of
 from parallel.reduce import local_of
+from train import tensor_file
 from train.models.hf import (
     CONFIG,
     EMBEDDING,
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = ("F64", "F32", "F16", "BF16")
+"""What weights may have."""
 ROWS = 4096
 """Rows that are looked at together where a whole embedding is."""
 
@@ -380,11 +381,15 @@ def _write_file(file: Path, shard: Mapping[str, _Piece], weights: Weights, write
     """Write a file, if this rank is its writer. An error is returned at the end: the other ranks would wait for a
     writer that stopped listening."""
     mine = not dist.is_initialized() or dist.get_rank() == writer
-    error = _append(file, _header(shard)) if mine else None
+    error = (
+        _append(file, tensor_file.header({name: (p.meta.dtype, p.meta.shape) for name, p in shard.items()}))
+        if mine
+        else None
+    )
     for piece in shard.values():
         rows = weights.rows(piece.parameter, piece.first, piece.last, writer)
         if rows is not None and error is None:
-            error = _append(file, rows.contiguous().view(torch.uint8).numpy().data)
+            error = _append(file, tensor_file.data(rows))
     return _append(file, b"", sync=True) if mine and error is None else error
 
 
@@ -397,20 +402,6 @@ def _append(file: Path, data: bytes | memoryview, sync: bool = False) -> OSError
     except OSError as error:
         return error
     return None
-
-
-def _header(shard: Mapping[str, _Piece]) -> bytes:
-    """The format's first bytes: the length of a JSON object, and that object, which says where each tensor is."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, piece in shard.items():
-        start, end = end, end + piece.meta.nbytes
-        dtype = names[piece.meta.dtype]
-        content[name] = {"dtype": dtype, "shape": list(piece.meta.shape), "data_offsets": [start, end]}
-    text = json.dumps(content, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin aligned
-    return len(text).to_bytes(8, "little") + text
 
 
 def _temporary(file: Path) -> Path:

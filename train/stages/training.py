@@ -14,8 +14,8 @@ from parallel import determinism, distributed
 from parallel.engine import Settings
 from parallel.layout import DEFERRING_SCHEDULES, Layout
 from parallel.precision import NO_FP8, PRECISIONS, has_fp8
-from train import checkpoint
-from train.checkpoint import CheckpointError
+from train.checkpoint import committed
+from train.checkpoint.committed import CheckpointError
 from train.models import hf
 from train.models.hf import HuggingFaceError
 from train.monitor import DivergedError
@@ -180,7 +180,7 @@ class Training(Stage):
 
     def _check_directory(self, directory: Path, config: "RunConfig", resolved: dict[str, Any]) -> None:
         check_unfinished(directory, resolved)
-        found = checkpoint.steps(directory / CHECKPOINTS)
+        found = committed.steps(directory / CHECKPOINTS)
         if found and config.resume == "never":
             raise OccupiedError(
                 f"{directory} holds checkpoints up to step {found[-1]}, and resume=never. Give another run_dir, or "

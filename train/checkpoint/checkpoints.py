@@ -1,29 +1,28 @@
 """Checkpoints: a step exists on disk whole or not at all.
 
 A save copies the tensors to host memory (the only time the loop waits) and leaves the rest to a thread: every rank
-writes and syncs its own file through torch's Distributed Checkpoint (DCP), reads it back for a CRC-32, and when DCP has
-gathered that all ranks are done, the first rank adds the trainer's state and the checksums, syncs, and renames the
-temporary directory to its final name. Names and shards are those of `Engine.state()`, so that any layout can load it.
+writes and syncs its own file, with a CRC-32 taken of the bytes on their way, and when torch's Distributed Checkpoint
+(DCP) has gathered that all ranks are done, the first rank adds the index, the trainer's state and the checksums, syncs,
+and renames the temporary directory to its final name. Names and shards are those of `Engine.state()`, so that any
+layout can load it.
 
-    checkpoints/step-00000100/.metadata          what is where (DCP)
-                              __<rank>_0.distcp  tensors
-                              trainer.json       step, samples, tokens, ... (train.progress.Progress)
-                              checksums.json     file -> bytes, crc32
-    checkpoints/.step-00000200.tmp/              being written; removed at the next start if the run was killed
-    checkpoints/step-00000300.damaged/           passed over by a start that went on from an earlier one
+    checkpoints/step-00000100/rank-00000.safetensors   tensors
+                              index.json               where each tensor is (train.checkpoint.storage)
+                              trainer.json             step, samples, tokens, ... (train.progress.Progress)
+                              checksums.json           file -> bytes, crc32
+    checkpoints/.step-00000200.tmp/                    being written; removed at the next start if the run was killed
+    checkpoints/step-00000300.damaged/                 passed over by a start that went on from an earlier one
 
-CRC-32 because it is the fastest checksum of the standard library; it finds damage, not malice: a checkpoint is as
-trusted as the machine that holds it.
+CRC-32 because it is the fastest checksum of the standard library; it finds damage, not malice. What malice can do is
+put other numbers there: no file is a pickle, and none that is one is opened.
 """
 
 import errno
 import json
 import os
-import re
 import shutil
 import time
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,91 +31,33 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.futures
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 
-from conf.errors import LongrunError
 from data_pipeline.artifact import write_atomically
+from train.checkpoint import differences
+from train.checkpoint.committed import (
+    CHECKSUMS,
+    INDEX,
+    TRAINER,
+    CheckpointError,
+    FencedError,
+    crc32_of,
+    damage,
+    damaged_of,
+    path_of,
+    steps,
+    temporary_of,
+)
+from train.checkpoint.storage import Reader, Results, Writer
 
-CHECKSUMS = "checksums.json"
-TRAINER = "trainer.json"
-NAME = re.compile(r"step-(\d{8,})")
-MODEL = "model."
-"""What parameters' names begin with."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class CheckpointError(LongrunError):
-    """A checkpoint cannot be written, or none of those on disk can be read."""
 
 
 class DiskFullError(CheckpointError):
     """The file system has no room for a checkpoint."""
-
-
-def steps(directory: Path) -> list[int]:
-    """The steps with a committed checkpoint, oldest first."""
-    names = [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
-    return sorted(int(match[1]) for name in names if (match := NAME.fullmatch(name)))
-
-
-def path_of(directory: Path, step: int) -> Path:
-    return directory / f"step-{step:08d}"
-
-
-def damaged_of(directory: Path, step: int) -> Path:
-    return directory / f"step-{step:08d}.damaged"
-
-
-def temporary_of(directory: Path, step: int) -> Path:
-    return directory / f".step-{step:08d}.tmp"
-
-
-def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with a checkpoint's files: missing, of another size, or of another checksum.
-
-    Args:
-        part: which share of the files to look at, so that `parts` ranks can divide them.
-    """
-    try:
-        recorded: dict[str, dict[str, int]] = json.loads((checkpoint / CHECKSUMS).read_text())
-        names = sorted(recorded)
-        found = []
-        for name in names[part::parts]:
-            file = checkpoint / name
-            if not file.exists():
-                found.append(f"{name} is missing")
-            elif (size := file.stat().st_size) != recorded[name]["bytes"]:
-                found.append(f"{name} has {size} bytes, {recorded[name]['bytes']} were written")
-            elif crc32_of(file) != recorded[name]["crc32"]:
-                found.append(f"{name} has another checksum than when it was written")
-        return found if {".metadata", TRAINER} <= set(names) else [*found, f"{CHECKSUMS} is incomplete"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"{CHECKSUMS} cannot be read: {error}"]
-
-
-def crc32_of(file: Path) -> int:
-    value = 0
-    buffer = memoryview(bytearray(1 << 22))
-    with open(file, "rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            value = zlib.crc32(buffer[:count], value)
-    return value
-
-
-def _record(file: Path) -> dict[str, int]:
-    return {"bytes": file.stat().st_size, "crc32": crc32_of(file)}
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Checkpoints:
@@ -126,12 +67,14 @@ class Checkpoints:
         directory: where they are; on a file system that all ranks see.
         every: steps between saves; 0 saves only when asked to.
         keep: how many committed ones are left on disk, at least 1.
+        fence: called by the first rank before it commits; raises `FencedError` where this run is not to write any more.
     """
 
-    def __init__(self, directory: Path, *, every: int, keep: int):
+    def __init__(self, directory: Path, *, every: int, keep: int, fence: Callable[[], None] | None = None):
         self.directory = directory
         self.every = every
         self.keep = keep
+        self.fence = fence
         self.stall_s = 0.0
         """Seconds that the loop waited for saves."""
         # Collectives of the writing thread must not interleave with those of the training step.
@@ -172,7 +115,7 @@ class Checkpoints:
         self.wait()
         start = time.perf_counter()
         if step != self._held:
-            writer = _Writer(self.directory, step, dict(trainer), self.keep)
+            writer = _Commit(self.directory, step, self._rank, dict(trainer), self.keep, self.fence)
             handle: Any = dcp.async_save(
                 state,
                 storage_writer=writer,
@@ -205,21 +148,19 @@ class Checkpoints:
 
     def _failure(self, save: "_Save", error: BaseException) -> CheckpointError:
         """The error as a user reads it. What was written of the save is removed."""
-        causes = [e for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        reason = "; ".join(sorted({str(cause) for cause in causes}))
+        causes = _causes(error)
         good = f"The newest good checkpoint is that of step {self.newest}" if self.newest else "There is no earlier one"
-        # torch's zip writer hides the error number of a failed write, so a disk that is full now counts, too.
-        full = any(getattr(cause, "errno", None) in NO_ROOM for cause in causes)
-        full = full or shutil.disk_usage(self.directory).free < save.bytes
         if self._rank == 0:
             shutil.rmtree(temporary_of(self.directory, save.step), ignore_errors=True)
-        if full:
+        if fenced := next((cause for cause in causes if isinstance(cause, FencedError)), None):
+            return fenced
+        if any(getattr(cause, "errno", None) in NO_ROOM for cause in causes):
             free = shutil.disk_usage(self.directory).free
             return DiskFullError(
                 f"no room for the checkpoint of step {save.step} in {self.directory}: over {save.bytes / 1e6:.1f} MB "
                 f"needed, {free / 1e6:.1f} MB free. {good}. Make room, then start the same command again."
             )
-        return CheckpointError(f"the checkpoint of step {save.step} was not written: {reason}. {good}.")
+        return CheckpointError(f"the checkpoint of step {save.step} was not written: {_said(error)}. {good}.")
 
     def restore(
         self, state: dict[str, Tensor], check: Callable[[dict[str, Any]], None] | None = None
@@ -244,10 +185,13 @@ class Checkpoints:
             checkpoint = self.path(step)
             reasons = self._gather(damage(checkpoint, self._rank, self._ranks))
             if not reasons:
-                trainer = json.loads((checkpoint / TRAINER).read_text())
+                reader, trainer, problems = _opened(checkpoint)
+                reasons = self._gather(problems)
+            if not reasons:
                 if check is not None:
                     check(trainer)
-                self._load(checkpoint, state)
+                reasons = self._load(reader, state)
+            if not reasons:
                 self._set_aside([newer for newer in found[0] if newer > step])
                 self._held = step
                 return trainer
@@ -273,16 +217,23 @@ class Checkpoints:
         dist.all_gather_object(gathered, mine, group=self._group)
         return sorted({reason for reasons in gathered for reason in reasons})
 
-    def _load(self, checkpoint: Path, state: dict[str, Tensor]) -> None:
-        reader = dcp.FileSystemReader(checkpoint)
+    def _load(self, reader: Reader, state: dict[str, Tensor]) -> list[str]:
+        """Overwrite the state. Returns what kept it from being read: the same on all ranks.
+
+        Raises:
+            CheckpointError: it is the state of another model.
+        """
         stored = reader.read_metadata().state_dict_metadata
-        differing = self._differing({name: tuple(getattr(entry, "size", ())) for name, entry in stored.items()}, state)
-        if differing:
+        if differing := self._differing({n: tuple(getattr(entry, "size", ())) for n, entry in stored.items()}, state):
             raise CheckpointError(
-                f"{checkpoint} holds the state of another run:\n  " + "\n  ".join(differing) + "\n"
+                f"{reader.directory} holds the state of another run:\n  " + "\n  ".join(differing) + "\n"
                 "Give the configuration it was written with, or another run_dir."
             )
-        dcp.load(state, storage_reader=reader, process_group=self._group)
+        try:
+            dcp.load(state, storage_reader=reader, process_group=self._group)
+        except CheckpointException as error:
+            return [f"its tensors cannot be read: {_said(error)}"]
+        return []
 
     def _differing(self, stored: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> list[str]:
         """What keeps a checkpoint from being this run's, in lines. A rank of a pipeline has some of the names only, so
@@ -292,10 +243,12 @@ class Checkpoints:
         dist.all_reduce(taken, op=dist.ReduceOp.MAX, group=self._group)
         there = {name for name, some_rank in zip(names, taken.tolist(), strict=True) if not some_rank}
         here = set(self._gather([name for name in state if name not in stored]))
-        shapes = [(name, stored[name], tuple(tensor.shape)) for name, tensor in state.items() if name in stored]
-        reshaped = self._gather([f"{n}: {list(old)} there, {list(new)} here" for n, old, new in shapes if old != new])
-        parameters = [line for line in reshaped if line.startswith(MODEL)] or reshaped  # moments have their shapes
-        return [*_only("there", there), *_only("here", here), *_some(parameters)]
+        reshaped = differences.reshaped(stored, {name: tuple(tensor.shape) for name, tensor in state.items()})
+        return [
+            *differences.only("there", there),
+            *differences.only("here", here),
+            *differences.shown(self._gather(reshaped)),
+        ]
 
     def close(self) -> None:
         """Let a save under way come to its end, whichever, and let go of the host copies."""
@@ -304,30 +257,23 @@ class Checkpoints:
         self._stager.close()
 
 
-def _only(where: str, names: set[str]) -> list[str]:
-    """Names that only one side has, in lines; what belongs to a parameter goes without saying."""
-    parameters = {name.removeprefix(MODEL) for name in names if name.startswith(MODEL)}
-    moments, averages, others = set(), set(), set()
-    for name in names:
-        kind, _, rest = name.partition(".")
-        parameter, _, moment = rest.rpartition(".")
-        if kind == "optimizer" and parameter not in parameters:
-            moments.add(moment)
-        elif kind == "ema" and rest not in parameters:
-            averages.add(rest)
-        elif kind not in ("model", "optimizer", "ema"):
-            others.add(name)
-    lines = [f"parameters only {where}: {', '.join(_some(parameters))}"] if parameters else []
-    if moments:
-        lines.append(f"moments only {where}, of another optimizer: {', '.join(sorted(moments))}")
-    if averages:
-        lines.append(f"averaged weights only {where} (stage.ema): {', '.join(_some(averages))}")
-    return [*lines, f"only {where}: {', '.join(_some(others))}"] if others else lines
+def _opened(checkpoint: Path) -> tuple[Reader, dict[str, Any], list[str]]:
+    """The index, the trainer's state, and what kept either from being read."""
+    reader = Reader(checkpoint)
+    try:
+        reader.read_metadata()
+        return reader, dict(json.loads((checkpoint / TRAINER).read_text())), []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return reader, {}, [f"{INDEX} or {TRAINER} cannot be read: {error}"]
 
 
-def _some(names: Iterable[str], count: int = 4) -> list[str]:
-    ordered = sorted(names)
-    return ordered if len(ordered) <= count else [*ordered[:count], f"and {len(ordered) - count} more"]
+def _causes(error: BaseException) -> list[BaseException]:
+    """What went wrong on the ranks that DCP tells of."""
+    return [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+
+
+def _said(error: BaseException) -> str:
+    return "; ".join(sorted({str(cause) for cause in _causes(error)}))
 
 
 @dataclass(frozen=True)
@@ -339,47 +285,47 @@ class _Save:
     future: Future
 
 
-class _Results(list[WriteResult]):
-    """What one rank wrote, with the checksums of its files."""
-
-    files: dict[str, dict[str, int]]
+def _record(file: Path) -> dict[str, int]:
+    return {"bytes": file.stat().st_size, "crc32": crc32_of(file)}
 
 
-class _Writer(dcp.FileSystemWriter):
-    """DCP's file writer, ended by a commit.
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
-    DCP calls `write_data` on every rank, gathers the results or the errors of all, and calls `finish` on the first rank
-    only if all went well: the place to rename.
-    """
 
-    def __init__(self, directory: Path, step: int, trainer: dict[str, Any], keep: int):
-        self.temporary = temporary_of(directory, step)
+class _Commit(Writer):
+    """DCP's writer, ended by a commit: `finish` is called on the first rank once all others are done."""
+
+    def __init__(
+        self,
+        directory: Path,
+        step: int,
+        rank: int,
+        trainer: dict[str, Any],
+        keep: int,
+        fence: Callable[[], None] | None,
+    ):
+        super().__init__(temporary_of(directory, step), rank)
         self.final = path_of(directory, step)
         self.trainer = trainer
         self.keep = keep
-        super().__init__(self.temporary, sync_files=True)
-
-    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        checked = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)  # ours covers the whole file
-        try:
-            results = _Results(super().write_data(plan, planner).wait())
-            results.files = {n: _record(self.temporary / n) for n in {r.storage_data.relative_path for r in results}}
-        finally:
-            torch.serialization.set_crc32_options(checked)
-        future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
-        future.set_result(results)
-        return future
+        self.fence = fence
 
     def finish(self, metadata: dcp.Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
-        write_atomically(self.temporary / TRAINER, json.dumps(self.trainer))
-        checksums = {name: _record(self.temporary / name) for name in (".metadata", TRAINER)}
+        write_atomically(self.directory / TRAINER, json.dumps(self.trainer))
+        checksums = {name: _record(self.directory / name) for name in (INDEX, TRAINER)}
         for written in results:
-            assert isinstance(written, _Results)
+            assert isinstance(written, Results)
             checksums.update(written.files)
-        write_atomically(self.temporary / CHECKSUMS, json.dumps(checksums, indent=1))  # syncs the directory, too
-        os.replace(self.temporary, self.final)
+        write_atomically(self.directory / CHECKSUMS, json.dumps(checksums, indent=1))  # syncs the directory, too
+        if self.fence is not None:
+            self.fence()
+        os.replace(self.directory, self.final)
         _sync(self.final.parent)
         self._retire()
 

@@ -19,6 +19,7 @@ from data_pipeline.mixture import Mixture
 from parallel.distributed import World
 from parallel.precision import compute_dtype
 from train.checkpoint.checkpoints import Checkpoints
+from train.goodput import Ledger
 from train.loop import End, Loop, Validation
 from train.metrics.base import Metrics, Run
 from train.models import hf_weights
@@ -30,7 +31,7 @@ from train.rundir import check_inputs, recipe, together
 from train.signals import StopSignals
 from train.stages.base import DONE, STOPPED_EARLY
 from train.start import Start
-from train.throughput import Clock, peak_flops, peak_memory
+from train.throughput import peak_flops, peak_memory
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -59,6 +60,7 @@ class Session:
         world: this process among the others.
         start: tokenizer, architecture, weights.
         directory: the run directory, which rank 0 holds.
+        ledger: accounts for the time of this process.
         stack: what is opened here is closed with it.
     """
 
@@ -70,10 +72,12 @@ class Session:
         world: World,
         start: Start,
         directory: Path,
+        ledger: Ledger,
         stack: ExitStack,
     ):
         self.stage, self.config, self.resolved = stage, config, resolved
         self.world, self.start, self.directory, self.stack = world, start, directory, stack
+        self.ledger, self.clock = ledger, ledger.clock
         self.started_s = time.time()
         self.first = world.rank == 0
         with together():
@@ -96,7 +100,7 @@ class Session:
         dist.barrier()
         self.samples: Samples = config.objective.setup(self.engine, samples, directory / SETUP)
         self.held_out: Samples = config.objective.setup(self.engine, held_out, directory / SETUP)
-        self.progress = self._resume()
+        self.progress = ledger.progress = self._resume()
 
     def _resume(self) -> Progress:
         """Go on from the newest checkpoint that verifies, or begin."""
@@ -120,6 +124,7 @@ class Session:
             PublishError: there is no room for the model.
         """
         loop = self._loop(signals)
+        self.clock.turn("compute")
         try:
             end = loop.run()
         except DivergedError as error:
@@ -129,7 +134,8 @@ class Session:
                 f"The last checkpoint is {self.checkpoints.path(newest)}." if newest else "There is no checkpoint yet."
             )
             raise DivergedError(f"{error} {kept}") from None
-        with loop.clock.on("checkpoint"):
+        self.clock.turn("publish")
+        with self.clock.on("checkpoint"):
             self.checkpoints.wait()
         if end == End.ASKED:
             self._say(
@@ -147,12 +153,12 @@ class Session:
         run = Run(config.name, self.directory, self.resolved, stage.steps, progress.step)
         metrics = Metrics(config.logger if self.first else {}, run)
         self.stack.callback(metrics.close, {})
-        # Alone there is nothing to communicate with.
-        clock = Clock(self.world.device, progress.step + PROFILED_STEP if self.world.size > 1 else None)
+        if self.world.size > 1:  # alone there is nothing to communicate with
+            self.clock.profiled_step = progress.step + PROFILED_STEP
         monitor = Monitor(
             progress,
             metrics,
-            clock,
+            self.clock,
             self._rates(),
             steps=stage.steps,
             log_every=stage.log_every,
@@ -182,7 +188,7 @@ class Session:
             monitor=monitor,
             checkpoints=self.checkpoints,
             validation=validation,
-            clock=clock,
+            clock=self.clock,
             signals=signals,
         )
 
@@ -245,6 +251,7 @@ class Session:
                 self._conclude(loop, validation, int(memory))
 
     def _conclude(self, loop: Loop, validation: dict[str, float], memory_bytes: int) -> None:
+        account = self.ledger.account()
         summary: dict[str, Any] = {
             "steps": self.progress.step,
             "samples": self.progress.samples,
@@ -254,7 +261,8 @@ class Session:
             "skipped_steps": len(self.progress.skipped),
             **loop.monitor.summary(),
             "peak_memory_bytes": memory_bytes,
-            "shares": loop.clock.shares(),
+            "shares": self.clock.shares(),
+            "goodput": account.goodput,
         }
         if isinstance(self.samples, Mixture):
             summary["mixture"] = self.samples.given(self.progress.samples)
@@ -275,7 +283,7 @@ class Session:
         )
         artifact = draft.publish(f"{MODEL}/**/*")
         loop.monitor.metrics.close({name: value for name, value in summary.items() if not isinstance(value, dict)})
-        self._say(_closing(artifact.path, summary))
+        self._say(f"{_closing(artifact.path, summary)}\n{account.headline()}")
 
     def _say(self, text: str) -> None:
         if self.first:

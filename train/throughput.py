@@ -7,10 +7,11 @@ Recomputation is not counted.
 """
 
 import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -73,38 +74,73 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Clock:
-    """Where the loop's wall time goes, by what the host was doing.
+OUTSIDE = ("init", "preflight", "profile", "publish")
+"""What is no part of the loop's time: before it, after it, and reading what the profiler saw of one step."""
 
-    `data` and `evaluation` are times the loop spent there; `checkpoint` is its stall. The rest is the step itself, of
-    which one profiled step tells the share of exposed communication: time with a collective under way and no compute.
+MARKS = 256
+"""Most steps of a span whose time is remembered."""
+
+
+class Clock:
+    """Where a process's wall time goes, by what the host was doing. Every moment counts once: for the innermost of the
+    blocks that it lies in, and outside of them for the phase, which begins as `init`.
+
+    `data` and `evaluation` are times the loop spent there; `checkpoint` is its stall. `compute` is the rest of the
+    loop, the step itself, of which one profiled step tells the share of exposed communication: time with a collective
+    under way and no compute.
+
+    Args:
+        device: on which a step is profiled.
+        profiled_step: its number; None for no step.
+        age_s: seconds that the process had lived before; they count as `init`.
     """
 
-    def __init__(self, device: torch.device, profiled_step: int | None = None):
+    def __init__(self, device: torch.device, profiled_step: int | None = None, age_s: float = 0.0):
         self.seconds: dict[str, float] = defaultdict(float)
-        self.start = time.perf_counter()
+        self.start = time.perf_counter() - age_s
+        self.profiled_step = profiled_step
+        self.spans: list[list[tuple[int, float]]] = []
+        """Steps that were trained in one go: (steps done, seconds of training until then), first and last and some of
+        those between, the older the fewer. Going back to an earlier step begins another span."""
         self._device = device
-        self._profiled_step = profiled_step
         self._communication = 0.0
+        self._what, self._since = "init", self.start
+        self._lock = threading.Lock()
 
     @property
     def total_s(self) -> float:
         return time.perf_counter() - self.start
 
+    def turn(self, what: str) -> str:
+        """What time counts for from here on; returns what it counted for before."""
+        with self._lock:
+            now = time.perf_counter()
+            self.seconds[self._what] += now - self._since
+            before, self._what, self._since = self._what, what, now
+        return before
+
     @contextmanager
     def on(self, what: str) -> Iterator[None]:
-        start = time.perf_counter()
+        before = self.turn(what)
         try:
             yield
         finally:
-            self.seconds[what] += time.perf_counter() - start
+            self.turn(before)
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around one training step; the one that was chosen runs under the profiler."""
-        if number != self._profiled_step:
+        """Around one training step, the `number`-th from 0; the one that was chosen runs under the profiler."""
+        if not self.spans or self.spans[-1][-1][0] != number:
+            self.spans.append([(number, self.spans[-1][-1][1] if self.spans else 0.0)])
+        with self._profiled() if number == self.profiled_step else nullcontext():
             yield
-            return
+        span = self.spans[-1]
+        span.append((number + 1, self.trained_s()))
+        if len(span) > MARKS:
+            del span[1 : MARKS // 2 : 2]
+
+    @contextmanager
+    def _profiled(self) -> Iterator[None]:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would report its own stages on stderr
         _synchronise(self._device)
         # Not torch.profiler: entering that one imports the compiler, which takes seconds.
@@ -117,12 +153,29 @@ class Clock:
         with self.on("profile"):
             self._communication = exposed_communication(profile.function_events or [], self._device.type) / took
 
+    def trained_s(self) -> float:
+        """Seconds of training steps until now: data, compute and communication."""
+        spent = self.spent()
+        return spent["data"] + spent["compute"] + spent["communication"]
+
+    def spent(self) -> dict[str, float]:
+        """Seconds until now by what they went for, together `total_s`; from any thread."""
+        with self._lock:
+            spent = defaultdict(float, self.seconds)
+            spent[self._what] += time.perf_counter() - self._since
+        step = spent["compute"]
+        return {
+            **dict.fromkeys(("data", "checkpoint", "evaluation"), 0.0),
+            **spent,
+            "compute": step * (1 - self._communication),
+            "communication": step * self._communication,
+        }
+
     def shares(self) -> dict[str, float]:
-        """Share of the wall time since the start; together 1."""
-        total = max(self.total_s, 1e-9)
-        shares = {name: self.seconds[name] / total for name in ("data", "checkpoint", "evaluation")}
-        step = max(0.0, 1 - sum(shares.values()))
-        return {**shares, "communication": step * self._communication, "compute": step * (1 - self._communication)}
+        """Share of the loop's wall time; together 1."""
+        spent = {what: seconds for what, seconds in self.spent().items() if what not in OUTSIDE}
+        total = max(sum(spent.values()), 1e-9)
+        return {what: seconds / total for what, seconds in spent.items()}
 
 
 def exposed_communication(events: Iterable, device_type: str) -> float:

@@ -21,6 +21,7 @@ for tool in (
     "annotate",
     "bench",
     "chat",
+    "goodput",
     "inspect.__main__",
     "lineage",
     "parity.__main__",

@@ -9,13 +9,14 @@ import torch
 
 from conf.errors import OccupiedError, Problem
 from conf.registry import register
-from data_pipeline.artifact import finished, locked
+from data_pipeline.artifact import fingerprint, finished, locked
 from parallel import determinism, distributed
 from parallel.engine import Settings
 from parallel.layout import DEFERRING_SCHEDULES, Layout
 from parallel.precision import NO_FP8, PRECISIONS, has_fp8
 from train.checkpoint import committed
 from train.checkpoint.committed import CheckpointError
+from train.goodput import Ledger, age_s
 from train.models import hf
 from train.models.hf import HuggingFaceError
 from train.monitor import DivergedError
@@ -24,6 +25,7 @@ from train.session import CHECKPOINTS, Session
 from train.signals import StopSignals
 from train.stages.base import DONE, Stage
 from train.start import Start
+from train.throughput import Clock
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -148,10 +150,12 @@ class Training(Stage):
             RendezvousError, PeerError, PeerFailedError: see `parallel.distributed.joined`.
         """
         with ExitStack() as stack:
+            ledger = stack.enter_context(Ledger())  # sees how all that follows ends
             signals = stack.enter_context(StopSignals())
             if self.deterministic:
                 determinism.enforce()
             world = stack.enter_context(distributed.joined(**config.failures.limits))
+            ledger.clock = Clock(world.device, age_s=age_s())
             resolved = with_options(config, resolved)
             check_agreement(resolved)
             directory = Path(config.run_dir)
@@ -171,8 +175,9 @@ class Training(Stage):
                 return DONE
             if world.rank == 0:
                 write_config(directory, resolved)
+                ledger.open(directory, fingerprint(recipe(resolved) | start.foreign), world.size)
             try:
-                return Session(self, config, resolved, world, start, directory, stack).run(signals)
+                return ledger.ends(Session(self, config, resolved, world, start, directory, ledger, stack).run(signals))
             except (CheckpointError, DivergedError) as error:
                 if world.rank > 0:  # all ranks have the same one
                     raise SystemExit(error.exit_code) from None

@@ -55,7 +55,7 @@ def ending(attempt: Attempt, last: bool) -> str:
     """How an attempt ended, as far as its record tells."""
     if attempt.exit is not None:
         return {0: "0 done", 75: "75 stopped", 76: "76 lost"}.get(attempt.exit, f"{attempt.exit} failed")
-    return "under way" if last and time.time() - attempt.alive_s < 5 * BEAT_S else "killed or lost"
+    return "under way" if last and time.time() - attempt.alive_s < 10 * BEAT_S else "killed or lost"
 
 
 def show(name: str, found: Account) -> None:

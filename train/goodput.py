@@ -40,7 +40,7 @@ from train.progress import Progress
 from train.throughput import Clock
 
 DIRECTORY = "attempts"
-BEAT_S = 2.0
+BEAT_S = 1.0
 """Between two writes of a record."""
 PATIENCE_S = 10.0
 """So long a run waits, at its end, for a file system to take the last one."""

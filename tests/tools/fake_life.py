@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from data_pipeline.artifact import Artifact, Draft
+from train.goodput import Attempt
 
 CORPUS = {
     "sources": [
@@ -68,6 +70,19 @@ def make(
     return draft.publish(*(files or {"out": ""}))
 
 
+def attempts(run_dir: Path) -> None:
+    """Two starts of a training stage: the first was killed at step 50 and the second went on from step 40."""
+    (run_dir / "attempts").mkdir()
+    for number, began_s, first, last in ((1, 0.0, 0, 50), (2, 70.0, 40, 60)):
+        seconds = {"init": 5.0, "compute": float(last - first)}
+        spans = [[(first, 0.0), (last, float(last - first))]]
+        end_s = began_s + sum(seconds.values())
+        one = Attempt(
+            number, "a run", "here", "", 0, 2, began_s, end_s, seconds, spans, exit=None if number == 1 else 0
+        )
+        (run_dir / "attempts" / f"{number:06d}.json").write_text(json.dumps(asdict(one)))
+
+
 def train(directory: Path, inputs: dict[str, Artifact], steps: int, **figures: float) -> Artifact:
     """A training stage with its curve; `figures` are further ones, raised evenly up to their values."""
     kind = directory.name
@@ -110,6 +125,7 @@ def make_life(root: Path) -> dict[str, Artifact]:
         root / "tasks", "chat", {}, {"records": {"train": 3000, "preferences_train": 400}, "tasks": ["compare"]}
     )
     made["pretrain"] = train(root / "pretrain", {"data": made["corpus"]}, 60)
+    attempts(root / "pretrain")
     made["sft"] = train(root / "sft", {"data": made["tasks"], "model": made["pretrain"]}, 40)
     made["dpo"] = train(root / "dpo", {"data": made["tasks"], "model": made["sft"]}, 20, margin=2.0, accuracy=0.9)
     results = {"results.json": json.dumps(RESULTS)}

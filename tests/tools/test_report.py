@@ -80,6 +80,13 @@ def page(root: Path) -> Text:
     return Text(render(read(root), root.name))
 
 
+def test_the_page_shows_the_goodput_over_restarts(html):
+    told = re.search(r"Goodput stage .*? Goodput: seconds", Text(html).text)
+    assert told is not None
+    for part in ("pretrain", "63.2%", "1 min 35 s", "useful steps", "restarts"):
+        assert part in told[0], told[0]
+
+
 def test_a_whole_life_is_told(whole, html):
     text = Text(html).text
     for part in (

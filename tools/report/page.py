@@ -28,6 +28,7 @@ def render(life: Life, title: str) -> str:
         lineage=graph.draw(life),
         corpora=sections.corpora(life),
         trainings=sections.trainings(life),
+        goodputs=sections.goodputs(life),
         scores=evaluation.scores(life),
         samples=evaluation.samples(life),
         handover=evaluation.handover(life),

@@ -10,6 +10,7 @@ import yaml
 
 from data_pipeline.artifact import MANIFEST, Artifact, ArtifactError
 from launchers.lifecycle import BOOK
+from train import goodput
 from train.metrics.jsonl import FILE as METRICS
 from train.metrics.jsonl import read as read_metrics
 
@@ -29,6 +30,7 @@ class StageView:
         wall_s: seconds the lifecycle waited for it, with the start of its processes.
         inputs: stages it was made from -> whether each is still the one that was used.
         lines: its metrics, one per logged step, in order.
+        account: where its wall time went, over its restarts; None where it kept no record.
         config: the configuration it was run with.
     """
 
@@ -41,6 +43,7 @@ class StageView:
     wall_s: float = 0.0
     inputs: dict[str, bool] = field(default_factory=dict)
     lines: list[dict[str, Any]] = field(default_factory=list)
+    account: goodput.Account | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -120,6 +123,8 @@ def _stage(root: Path, name: str, known: Mapping[str, Any]) -> StageView:
         if (directory / MANIFEST).exists():
             view.note = str(error)
     view.lines = read_metrics(directory / METRICS)
+    if attempts := goodput.read(directory):
+        view.account = goodput.account(attempts)
     if (directory / "config.yaml").exists():
         view.config = yaml.safe_load((directory / "config.yaml").read_text()) or {}
     elif view.artifact:

@@ -17,6 +17,7 @@ from data_pipeline.card.page import PAGE
 from launchers.display import duration
 from tools.report import charts
 from tools.report.read import Life, StageView, results_of
+from train.goodput import Account
 
 SHARES = ("compute", "communication", "data", "checkpoint", "evaluation")
 """Of the wall time of a training stage, in the order they are drawn."""
@@ -201,6 +202,35 @@ def trainings(life: Life) -> list[Training]:
         recorded = stage.metrics.get("shares", {})
         shares = [(name, recorded[name]) for name in SHARES if name in recorded]
         found.append(Training(stage, loss, [chart for chart in small if chart], shares))
+    return found
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """Where the wall time of one training stage went, its restarts included.
+
+    Args:
+        shares: of the wall time, in the order they are drawn; together 1.
+    """
+
+    stage: StageView
+    account: Account
+    shares: list[tuple[str, float]]
+
+
+def goodputs(life: Life) -> list[Goodput]:
+    found = []
+    for stage in life:
+        if (account := stage.account) is None:
+            continue
+        shares = {
+            "useful steps": account.useful_s,
+            "restarts": account.restarts_s,
+            "checkpoint": account.seconds.get("checkpoint", 0.0),
+            "evaluation": account.seconds.get("evaluation", 0.0),
+        }
+        shares["start, end and the rest"] = account.wall_s - sum(shares.values())
+        found.append(Goodput(stage, account, [(name, s / max(account.wall_s, 1e-9)) for name, s in shares.items()]))
     return found
 
 

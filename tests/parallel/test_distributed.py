@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel import distributed
+from parallel import distributed, rendezvous
 from parallel.distributed import DistributedError, Place, RendezvousError, place
 from tests.ranks import RanksError, run_ranks
 
@@ -52,13 +52,20 @@ def test_srun_says_where_a_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert place() == Place(9, 11, 1, 3, "gpu3", 20000 + 17 * 64 + 2, "srun")
+    assert place() == Place(9, 11, 1, 3, "gpu3", 20000 + 17 * 64 + 2, "srun", "step 17.2, start 0", derived=True)
 
 
 def test_a_batch_script_that_starts_no_step_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "4")
     assert place() == Place()
+
+
+def test_a_rank_beyond_the_number_of_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DistributedError, match="rank 2 is not one of 2: ranks go from 0 to 1"):
+        place()
 
 
 def start_twice() -> tuple[float, float]:
@@ -114,6 +121,7 @@ def test_a_rank_that_hangs_is_killed_and_shows_where_it_stood() -> None:
 
 
 def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "PROBE_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(taken.getsockname()[1])}.items():
             monkeypatch.setenv(name, value)
@@ -131,4 +139,4 @@ def test_torchrun_starts_a_run() -> None:
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "rank 0 of 2" in shown
     assert "rank 1 of 2" in shown
-    assert "torchrun: 2 processes (2 on this machine), cpu, gloo, 1 CPU threads each" in shown
+    assert "torchrun: 2 processes on 1 machine, cpu, 1 CPU threads each" in shown

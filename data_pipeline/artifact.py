@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from conf.errors import LongrunError, OccupiedError
+from data_pipeline.lease import STALE_S, Lease, LiveRunError
 
 MANIFEST = "manifest.json"
 PACKAGES = ("torch", "numpy", "hydra-core", "datatrove", "datasets", "tokenizers", "transformers", "safetensors")
@@ -26,10 +27,6 @@ PACKAGES = ("torch", "numpy", "hydra-core", "datatrove", "datasets", "tokenizers
 
 class ArtifactError(LongrunError):
     """An artifact is missing, incomplete, of another kind, or its files are not those that were recorded."""
-
-
-class LiveRunError(LongrunError):
-    """Another process is writing this directory."""
 
 
 @dataclass(frozen=True)
@@ -213,8 +210,12 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(path: str | Path) -> Iterator[TextIO]:
-    """Hold a directory for one writer. The kernel drops the lock when the process ends, however it ends.
+def locked(path: str | Path, stale_s: float = STALE_S) -> Iterator[Lease]:
+    """Hold a directory for one writer. The kernel drops its lock when the process ends, however it ends; other machines
+    take the lease when it gives no sign any more.
+
+    Args:
+        stale_s: seconds after which they do.
 
     Raises:
         LiveRunError: another process holds it; names the process.
@@ -238,7 +239,11 @@ def locked(path: str | Path) -> Iterator[TextIO]:
         stream.truncate()
         stream.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         stream.flush()
-        yield stream
+        lease = Lease(path, stale_s)
+        try:
+            yield lease
+        finally:
+            lease.close()
 
 
 def code_commit() -> str:

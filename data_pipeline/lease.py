@@ -94,9 +94,10 @@ class Lease:
         """
         newest = max(self._numbers(), default=0)
         if newest > self.number:
+            who = self._read(newest) or "another process"
             raise LiveRunError(
-                f"{self._folder.parent} was taken over by {self._read(newest) or 'another process'}, as this one gave "
-                f"no sign for {self._holder.stale_s:g} s: suspended, or cut off from the file system? It writes no more."
+                f"{self._folder.parent} was taken over by {who}: this one gave no sign "
+                f"for {self._holder.stale_s:g} s. Was it suspended, or cut off from its files? It writes no more."
             )
 
     def close(self) -> None:

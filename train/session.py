@@ -14,11 +14,13 @@ import torch.distributed as dist
 
 from conf.errors import LongrunError
 from data_pipeline.artifact import Draft
+from data_pipeline.lease import Lease, LiveRunError
 from data_pipeline.loader import Loader
 from data_pipeline.mixture import Mixture
 from parallel.distributed import World
 from parallel.precision import compute_dtype
 from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.committed import FencedError
 from train.goodput import Ledger
 from train.loop import End, Loop, Validation
 from train.metrics.base import Metrics, Run
@@ -59,7 +61,8 @@ class Session:
         resolved: the same as plain values, for records.
         world: this process among the others.
         start: tokenizer, architecture, weights.
-        directory: the run directory, which rank 0 holds.
+        directory: the run directory.
+        lease: rank 0's right to write it.
         ledger: accounts for the time of this process.
         stack: what is opened here is closed with it.
     """
@@ -72,19 +75,22 @@ class Session:
         world: World,
         start: Start,
         directory: Path,
+        lease: Lease | None,
         ledger: Ledger,
         stack: ExitStack,
     ):
         self.stage, self.config, self.resolved = stage, config, resolved
         self.world, self.start, self.directory, self.stack = world, start, directory, stack
-        self.ledger, self.clock = ledger, ledger.clock
+        self.ledger, self.clock, self.lease = ledger, ledger.clock, lease
         self.started_s = time.time()
         self.first = world.rank == 0
         with together():
             samples = config.data.open("train", start.tokenizer, config.seed)
             held_out = config.data.open("validation", start.tokenizer, config.seed)
         self.inputs = {**start.fingerprints, "samples": samples.fingerprint}
-        self.checkpoints = Checkpoints(directory / CHECKPOINTS, every=stage.checkpoint_every, keep=stage.keep)
+        self.checkpoints = Checkpoints(
+            directory / CHECKPOINTS, every=stage.checkpoint_every, keep=stage.keep, fence=self._fence
+        )
         stack.callback(self.checkpoints.close)
         self.engine = config.engine.build(
             start.build(),
@@ -115,6 +121,18 @@ class Session:
     def _check(self, state: dict[str, Any]) -> None:
         with together():
             check_inputs(self.directory, Progress(**state).inputs, self.inputs)
+
+    def _fence(self) -> None:
+        """Before something is put in its final place.
+
+        Raises:
+            FencedError: another run has taken over the directory.
+        """
+        try:
+            if self.lease is not None:
+                self.lease.check()
+        except LiveRunError as error:
+            raise FencedError(str(error)) from error
 
     def run(self, signals: StopSignals) -> int:
         """Train, validate, write. Returns the exit code.
@@ -238,6 +256,8 @@ class Session:
         memory = torch.tensor(peak_memory(self.world.device))
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
         with together():
+            self._fence()
+        with together():
             try:
                 weights = self.engine.tensors(ema=self.stage.ema > 0)
                 hf_weights.write(self.directory / MODEL, self.start.architecture, weights, self.start.tokenizer)
@@ -248,6 +268,7 @@ class Session:
                 ) from error
         with together():
             if self.first:
+                self._fence()
                 self._conclude(loop, validation, int(memory))
 
     def _conclude(self, loop: Loop, validation: dict[str, float], memory_bytes: int) -> None:

@@ -159,9 +159,10 @@ class Training(Stage):
             resolved = with_options(config, resolved)
             check_agreement(resolved)
             directory = Path(config.run_dir)
+            lease = None
             with together():
                 if world.rank == 0:
-                    stack.enter_context(locked(directory))
+                    lease = stack.enter_context(locked(directory, config.failures.lease_s))
             with together():
                 start = Start.of(config)
                 done = finished(directory, self.kind, recipe(resolved) | start.foreign, start.inputs)
@@ -177,7 +178,8 @@ class Training(Stage):
                 write_config(directory, resolved)
                 ledger.open(directory, fingerprint(recipe(resolved) | start.foreign), world.size)
             try:
-                return ledger.ends(Session(self, config, resolved, world, start, directory, ledger, stack).run(signals))
+                session = Session(self, config, resolved, world, start, directory, lease, ledger, stack)
+                return ledger.ends(session.run(signals))
             except (CheckpointError, DivergedError) as error:
                 if world.rank > 0:  # all ranks have the same one
                     raise SystemExit(error.exit_code) from None

@@ -1,20 +1,20 @@
-"""Runs one program where it can do no harm. `data_pipeline.sandbox.run` starts this file as a script, in a fresh
-process: it imports nothing of ours.
+"""Runs one program where it can do no harm. `data_pipeline.sandbox.run` calls `main` in a fresh process that has opened
+nothing of ours.
 
 Three processes: this one takes leave of the machine's namespaces; the first process of the new ones makes an empty
 file system with the standard library in it, read-only; its only child gives up the rest and becomes the program. When
-the second ends, the kernel ends all that is left in there.
+the second ends, the kernel ends all that is left in there. Where no namespaces are to be used, Landlock takes the files
+away in place of the empty file system.
 
-Usage: python -I jail.py PIPE < request.json; the pipe gets {"code": exit code, 128 + n for signal n} or {"error": why}.
+The request is JSON on standard input; the pipe gets {"code": exit code, 128 + n for signal n} or {"error": why}.
 
-Sources: namespaces(7), mount_namespaces(7), pivot_root(2), mount_setattr(2), seccomp(2), prctl(2), setrlimit(2).
+Sources: namespaces(7), mount_namespaces(7), pivot_root(2), mount_setattr(2), landlock(7), capabilities(7), seccomp(2),
+prctl(2), setrlimit(2).
 """
 
 import ctypes
-import errno
 import json
 import os
-import platform
 import resource
 import signal
 import sys
@@ -22,14 +22,17 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.sandbox.calls import PIVOT_ROOT, JailError, architecture, call, give_up_system_calls, libc
+
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x2000000, 0x4000000, 0x8000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 0x1000, 0x4000, 0x40000
 MNT_DETACH, AT_FDCWD, AT_RECURSIVE = 2, -100, 0x8000
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 NOBODY = 65534
-MOUNT_SETATTR = 442
+MOUNT_SETATTR, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 442, 444, 445, 446
+CAPABILITY_VERSION = 0x20080522
 
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
 DEVICES = ("null", "zero", "random", "urandom")
@@ -37,67 +40,6 @@ PROGRAM, SCRATCH = "program.py", "tmp"
 INTERPRETER = os.path.realpath(sys.executable)
 """The Python outside of any virtual environment."""
 INODES = 1024
-
-ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
-"""machine -> AUDIT_ARCH of linux/audit.h, column below."""
-PIVOT_ROOT = (155, 41)
-REFUSED = {
-    # other processes
-    "fork": (57, None), "vfork": (58, None), "clone": (56, 220), "ptrace": (101, 117), "kcmp": (312, 272),
-    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "pidfd_open": (434, 434),
-    "pidfd_getfd": (438, 438), "pidfd_send_signal": (424, 424), "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240), "setsid": (112, 157), "setpgid": (109, 154), "setpriority": (141, 140),
-    "ioprio_set": (251, 30), "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119),
-    "sched_setparam": (142, 118), "sched_setattr": (314, 274), "prctl": (157, 167),
-    # the network, and memory that no limit counts
-    "socket": (41, 198), "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194),
-    "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
-    # file systems and namespaces
-    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": PIVOT_ROOT,
-    "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
-    "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442),
-    "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265), "quotactl": (179, 60),
-    "fanotify_init": (300, 262),
-    # parts of the kernel where faults are found most
-    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
-    "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "keyctl": (250, 219), "add_key": (248, 217),
-    "request_key": (249, 218), "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106),
-    "kexec_load": (246, 104), "kexec_file_load": (320, 294), "reboot": (169, 142), "swapon": (167, 224),
-    "swapoff": (168, 225), "personality": (135, 92), "acct": (163, 89), "settimeofday": (164, 170),
-    "clock_settime": (227, 112), "adjtimex": (159, 171), "syslog": (103, 116), "iopl": (172, None),
-    "ioperm": (173, None), "modify_ldt": (154, None), "vhangup": (153, 58),
-}  # fmt: skip
-"""System call -> its number on x86_64 and aarch64; answered with EPERM."""
-CLONE3 = 435
-"""Its flags lie in memory, out of a filter's sight: as if the kernel were older, so that the C library asks clone."""
-OWN = {"kill": (62, 129), "tgkill": (234, 131), "tkill": (200, 130)}
-"""Allowed on the process itself."""
-PRLIMIT = (302, 261)
-"""Allowed on process 0, which is the caller."""
-
-libc = ctypes.CDLL(None, use_errno=True)
-
-
-class JailError(Exception):
-    """The program was not started, because it would not be held."""
-
-
-def call(name: str, *arguments: Any) -> None:
-    """A function of the C library that answers -1 where it fails.
-
-    Raises:
-        JailError: with the reason.
-    """
-    given = [a if isinstance(a, ctypes.Array | bytes | type(None)) else ctypes.c_long(a) for a in arguments]
-    if getattr(libc, name)(*given) == -1:
-        raise JailError(f"{name}: {os.strerror(ctypes.get_errno())}")
-
-
-def architecture() -> tuple[int, int]:
-    try:
-        return ARCHITECTURES[platform.machine()]
-    except KeyError:
-        raise JailError(f"no filter of system calls for {platform.machine()}") from None
 
 
 def leave_namespaces() -> None:
@@ -175,48 +117,38 @@ def limit(limits: dict[str, int]) -> None:
         resource.setrlimit(getattr(resource, name), (most, most))
 
 
-class Filter(ctypes.Structure):
-    """An instruction of BPF: struct sock_filter."""
+class Beneath(ctypes.Structure):
+    """struct landlock_path_beneath_attr."""
 
-    _fields_ = [("code", ctypes.c_ushort), ("jt", ctypes.c_ubyte), ("jf", ctypes.c_ubyte), ("k", ctypes.c_uint32)]
-
-
-class Program(ctypes.Structure):
-    """struct sock_fprog."""
-
-    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.POINTER(Filter))]
+    _pack_ = 1
+    _fields_ = [("allowed", ctypes.c_uint64), ("directory", ctypes.c_int32)]
 
 
-LOAD, EQUAL, AT_LEAST, ANSWER = 0x20, 0x15, 0x35, 0x06
-ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x00050000
-NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16
-"""Offsets in struct seccomp_data."""
-X32 = 0x40000000
-"""System calls of another numbering on the same machine."""
+EXECUTE, WRITE, READ, LIST, TRUNCATE = 1, 2, 4, 8, 1 << 14
+HANDLED = (1 << 15) - 1
+"""Every right to files of Landlock's third version (Linux 6.2)."""
+DEVICES_AND_SOCKETS = 1 << 6 | 1 << 9 | 1 << 11
 
 
-def filter_of(pid: int) -> list[tuple[int, int, int, int]]:
-    """Instructions (code, jump if true, jump if false, operand)."""
-    audit, column = architecture()
-    code = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, audit), (ANSWER, 0, 0, KILL), (LOAD, 0, 0, NUMBER)]
-    code += [(AT_LEAST, 0, 1, X32), (ANSWER, 0, 0, KILL)]
-    code += [(EQUAL, 0, 1, CLONE3), (ANSWER, 0, 0, REFUSE | errno.ENOSYS)]
-    for numbers in REFUSED.values():
-        if (number := numbers[column]) is not None:
-            code += [(EQUAL, 0, 1, number), (ANSWER, 0, 0, REFUSE | errno.EPERM)]
-    for numbers, value in [*((numbers, pid) for numbers in OWN.values()), (PRLIMIT, 0)]:
-        code += [(EQUAL, 0, 4, numbers[column]), (LOAD, 0, 0, FIRST_ARGUMENT), (EQUAL, 1, 0, value)]
-        code += [(ANSWER, 0, 0, REFUSE | errno.EPERM), (ANSWER, 0, 0, ALLOW)]
-    return [*code, (ANSWER, 0, 0, ALLOW)]
+def give_up_files(program: str, scratch: str) -> None:
+    """No file but what is needed, the program, and its scratch directory."""
+    rules = ctypes.create_string_buffer(HANDLED.to_bytes(8, sys.byteorder), 8)
+    if (ruleset := libc.syscall(LANDLOCK_CREATE, rules, ctypes.c_long(8), ctypes.c_long(0))) == -1:
+        raise JailError(f"Landlock: {os.strerror(ctypes.get_errno())}")
+    allowed = {**dict.fromkeys([*needed(), program], EXECUTE | READ | LIST), scratch: HANDLED & ~DEVICES_AND_SOCKETS}
+    allowed |= {f"/dev/{device}": READ | WRITE | TRUNCATE for device in DEVICES}
+    for path, rights in allowed.items():
+        there = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        rule = Beneath(rights if os.path.isdir(path) else rights & (EXECUTE | READ | WRITE | TRUNCATE), there)
+        if libc.syscall(LANDLOCK_ADD, ruleset, ctypes.c_long(1), ctypes.byref(rule), ctypes.c_long(0)) == -1:
+            raise JailError(f"Landlock, {path}: {os.strerror(ctypes.get_errno())}")
+        os.close(there)
+    call("syscall", LANDLOCK_RESTRICT, ruleset, 0)
 
 
-def give_up_system_calls() -> None:
-    code = filter_of(os.getpid())
-    instructions = (Filter * len(code))(*(Filter(*one) for one in code))
-    program = Program(len(code), instructions)
-    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if libc.prctl(PR_SET_SECCOMP, ctypes.c_long(SECCOMP_MODE_FILTER), ctypes.byref(program), 0, 0) == -1:
-        raise JailError(f"seccomp: {os.strerror(ctypes.get_errno())}")
+def give_up_capabilities() -> None:
+    """Where this is root, without those of root; as new privileges are renounced, they do not come back."""
+    call("capset", (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)())
 
 
 def become(request: dict[str, Any], program: str, scratch: str, tell: int) -> None:
@@ -230,7 +162,11 @@ def become(request: dict[str, Any], program: str, scratch: str, tell: int) -> No
         os.dup2(given, 0)
         os.close(given)
         call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        if not request["namespaces"]:
+            give_up_files(program, scratch)
         limit(request["limits"])
+        give_up_capabilities()
         give_up_system_calls()
         variables = {"PATH": "/usr/bin:/bin", "HOME": scratch, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
         os.execve(INTERPRETER, ["python", "-I", "-B", program], variables)  # noqa: S606  no shell is wanted
@@ -259,7 +195,7 @@ def first_process(request: dict[str, Any], tell: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def main(tell: int) -> int:
+def main(tell: int) -> None:
     os.set_inheritable(tell, False)
     try:
         request = json.load(sys.stdin)
@@ -278,8 +214,3 @@ def main(tell: int) -> int:
         os.write(tell, json.dumps({"code": os.waitstatus_to_exitcode(status)}).encode())
     except (OSError, JailError) as error:
         os.write(tell, json.dumps({"error": str(error)}).encode())
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))

@@ -1,7 +1,8 @@
 """Programs that nobody has read, such as a model writes: run without network, with limits, and without a way out.
 
-What holds them is in `jail.py`: Linux namespaces, an empty read-only file system, a filter of system calls, resource
-limits. A fault of the kernel is a way out; what must be safe from that too runs on a machine of its own.
+What holds them is in `jail.py` and `calls.py`: Linux namespaces with an empty read-only file system, or Landlock; a
+filter of system calls; resource limits. A fault of the kernel is a way out: what must be safe from that too runs on a
+machine of its own.
 """
 
 import json
@@ -19,7 +20,9 @@ from typing import Any
 
 from conf.errors import LongrunError
 
-JAIL = Path(__file__).with_name("jail.py")
+ROOT = Path(__file__).parents[2]
+START = f"import sys; sys.path.append({str(ROOT)!r}); from data_pipeline.sandbox import jail; jail.main(%d)"
+ISOLATIONS = ("namespaces", "landlock")
 CHUNK = 2**16
 GRACE_S = 5.0
 """For the pipes to close after the program's end."""
@@ -75,12 +78,14 @@ def run(program: str, stdin: str = "", limits: Limits = Limits(), isolation: str
         program: its source.
         stdin: what it may read.
         limits: see there.
-        isolation: "namespaces"; or "limits", for machines that allow none: then it can read what this user can, fill
-            the disk with many files, and is without network, processes and signals all the same.
+        isolation: "namespaces"; or "landlock", for machines that allow none: then it sees which files there are, though
+            not what is in them, and only each single file of its own is limited by `disk_bytes`.
 
     Raises:
         SandboxError: this machine cannot hold it so; it was not run.
     """
+    if isolation not in ISOLATIONS:
+        raise SandboxError(f"isolation={isolation}: expected one of {', '.join(ISOLATIONS)}; nothing was run.")
     with tempfile.TemporaryDirectory(prefix="longrun-sandbox-") as root:
         request = {
             "program": program,
@@ -93,7 +98,7 @@ def run(program: str, stdin: str = "", limits: Limits = Limits(), isolation: str
         with open(told, "rb") as answers:
             began = time.monotonic()
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(JAIL), str(tell)],
+                [sys.executable, "-I", "-S", "-c", START % tell],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -117,8 +122,8 @@ def _outcome(answer: bytes, stopped: str, printed: dict[str, bytes], seconds: fl
         raise SandboxError(
             f"this machine cannot hold a program that nobody has read ({told['error']}); it was not run. Allow user "
             "namespaces (user.max_user_namespaces above 0, in containers a seccomp profile with unshare and mount), "
-            "Linux 5.12 or later on x86_64 or aarch64; or ask for isolation=limits, which keeps it off the network "
-            "but not from what this user can read."
+            "Linux 5.12 or later on x86_64 or aarch64; or ask for isolation=landlock, which needs Linux 6.2 and no "
+            "namespaces."
         )
     if not told and not stopped:
         raise SandboxError(f"the sandbox ended by itself: {printed['stderr'].decode(errors='replace')[-500:]}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.errors import Problem
 from conf.registry import register
-from data_pipeline.artifact import write_atomically
+from data_pipeline.artifact import sha256_of, write_atomically
 from parallel import distributed
 from train.evaluate.load import name_of
 from train.export.source import Source
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 RESULTS = "results.json"
 SAMPLES = "samples.txt"
-PATHS = ("text", "tasks", "baselines", "reference")
+PATHS = ("text", "tasks", "code", "baselines", "reference")
 """Settings that name inputs, whose content is compared instead."""
+ELSEWHERE = ("isolation",)
+"""Settings that change where something is run, and no result."""
 
 
 @register("stage", "evaluate")
@@ -63,7 +65,8 @@ class Evaluate(Stage):
             sources["reference"] = Source.read(standard.reference)
         inputs = standard.inputs() | {name: source.artifact for name, source in sources.items() if source.artifact}
         recipe = {
-            "eval": {key: value for key, value in asdict(standard).items() if key not in PATHS},
+            "eval": {key: value for key, value in asdict(standard).items() if key not in PATHS + ELSEWHERE},
+            "code": sha256_of(Path(standard.code)) if standard.code else "",
             "models": {name: source.fingerprint for name, source in sources.items()},
         }
         with deriving(config.run_dir, self.kind, recipe, inputs) as draft, ExitStack() as stack:

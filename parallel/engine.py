@@ -3,7 +3,7 @@
 Shape suffixes: B sequences, L tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -83,12 +83,23 @@ class Settings:
     spike_window: int = 128
 
 
+def nothing() -> None:
+    """What an engine does before an update until it is told otherwise."""
+
+
 class Engine(Protocol):
-    """Owns the model and the optimizer; every rank calls every method together."""
+    """Owns the model and the optimizer; every rank calls every method together.
+
+    Attributes:
+        device: where this rank computes.
+        dp_rank, dp_size: which part of each global batch is this rank's.
+        before_update: called in every step once the gradients are there, before anything of the state changes.
+    """
 
     device: torch.device
     dp_rank: int
     dp_size: int
+    before_update: Callable[[], None]
 
     def train_step(self, micro_batches: Sequence[Any], objective: Any, learning_rate_factor: float) -> StepResult:
         """Forward, backward, clip, update. All ranks update or all skip.

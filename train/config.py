@@ -19,9 +19,11 @@ from conf.registry import discover, register
 from parallel.distributed import place
 from parallel.layout import Layout
 from train.failures import Failures
+from train.guard import Guard
 
 register("parallel", "layout")(Layout)
 register("failures", "failures")(Failures)
+register("guard", "guard")(Guard)
 for package in (
     data_pipeline,
     parallel.engines,
@@ -52,6 +54,7 @@ class RunConfig:
         objective: the loss.
         eval: what is measured, and the gate.
         export: the format that is handed on.
+        guard: what is done about silent faults; see the group `guard`.
         logger: where metrics go; several at once.
         failures: when other ranks are given up, and what is tried again.
         init_from: Hugging Face directory, or artifact holding one, to start from; empty for random weights.
@@ -73,6 +76,7 @@ class RunConfig:
     objective: Any = MISSING
     eval: Any = None
     export: Any = None
+    guard: Guard = field(default_factory=Guard)
     logger: dict[str, Any] = field(default_factory=dict)
     failures: Failures = field(default_factory=Failures)
     init_from: str = ""
@@ -87,7 +91,7 @@ class RunConfig:
         found = [] if self.resume in ("auto", "never") else [Problem("resume", self.resume, "one of auto, never")]
         # A dry run judges the layout by itself: the machine it is meant for is elsewhere.
         world_size = self.parallel.world_size if self.dry_run else place().size
-        named = ("stage", "model", "data", "engine", "optim", "schedule", "objective", "failures")
+        named = ("stage", "model", "data", "engine", "optim", "schedule", "objective", "guard", "failures")
         for part in (getattr(self, name) for name in named):
             if hasattr(part, "problems"):
                 found += part.problems(self, world_size)

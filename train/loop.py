@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from parallel.engine import Engine, StepResult
 from train.checkpoint.checkpoints import Checkpoints
+from train.guard import Patrol
 from train.monitor import Monitor
 from train.objectives.base import MicroBatch, Objective
 from train.progress import Progress
@@ -95,6 +96,7 @@ class Loop:
     steps: int
     progress: Progress
     monitor: Monitor
+    patrol: Patrol
     checkpoints: Checkpoints
     validation: Validation
     clock: Clock
@@ -108,7 +110,7 @@ class Loop:
         """Train from `progress.step` to the last step, or until asked to stop.
 
         Raises:
-            DivergedError: too many steps in a row were skipped.
+            FaultError: the state, a loss or a gradient norm is not as it should be.
             CheckpointError: a save failed.
         """
         self.validate(self.progress.step)  # a kill may have come between a save and its validation
@@ -121,6 +123,8 @@ class Loop:
                 result = self.engine.train_step(batch, self.objective, factor)  # all ranks update or all skip
             self.progress.step = step = step + 1
             self.monitor.record(step, result, batch, factor * self.learning_rate, self.signals.received is not None)
+            with self.clock.on("guard"):
+                self.patrol.check(step)
             if self.checkpoints.due(step):
                 self.save()  # returns once the tensors are copied
             self.validate(step)
@@ -134,6 +138,7 @@ class Loop:
     def save(self) -> None:
         with self.clock.on("checkpoint"):
             self.monitor.flush()
+            self.patrol.check(self.progress.step, wait=True)  # what is gone back to must be good
             self.progress.seconds = self.earlier_s + self.clock.total_s
             self.checkpoints.save(self.progress.step, self.engine.state(), self.progress.state())
 

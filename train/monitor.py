@@ -1,25 +1,20 @@
 """From the figures of a step to log lines: read one step late, agreed by all ranks, never waiting for the device."""
 
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conf.errors import LongrunError
 from data_pipeline.batch import MicroBatch
 from parallel import distributed
 from parallel.engine import StepResult
+from train.guard import Guard, is_spike, why
 from train.metrics.base import Metrics, Value
 from train.progress import Progress
 from train.throughput import Clock, peak_memory
-
-
-class DivergedError(LongrunError):
-    """More steps in a row than allowed were skipped: loss or gradient norm not finite, or spikes."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Monitor:
         rates: see there.
         steps: of the whole run.
         log_every: steps between lines.
-        max_skipped: steps in a row that may be skipped.
+        guard: what is done about skipped steps.
         copies: ranks that see the same samples (world size / data-parallel ranks).
         device: whose memory is shown.
     """
@@ -73,7 +68,7 @@ class Monitor:
         *,
         steps: int,
         log_every: int,
-        max_skipped: int,
+        guard: Guard,
         copies: int,
         device: torch.device,
     ):
@@ -83,7 +78,7 @@ class Monitor:
         self.rates = rates
         self.steps = steps
         self.log_every = log_every
-        self.max_skipped = max_skipped
+        self.guard = guard
         self.copies = copies
         self.device = device
         self.last: dict[str, Value] = {}
@@ -108,7 +103,7 @@ class Monitor:
             stop: whether this rank was asked to stop.
 
         Raises:
-            DivergedError: too many steps in a row were skipped.
+            FaultError: a step was skipped that may not be, or too many in a row.
         """
         distributed.reached(step)
         self._read_pending()
@@ -148,15 +143,8 @@ class Monitor:
         self._marks.append((pending.training_s, self.progress.tokens))
         if pending.step % self.log_every == 0 or pending.step in (1, self.steps) or skipped:
             self._log(pending, dict(figures), skipped)
-        if skipped and self.progress.skipped_in_a_row > self.max_skipped:
-            spike = _is_spike(figures)
-            raise DivergedError(
-                f"{self.progress.skipped_in_a_row} step(s) in a row, up to step {pending.step}, were skipped, that one "
-                f"because its loss or gradient norm was {'far above those before' if spike else 'not finite'} (loss "
-                f"{figures['loss']}, norm {figures['grad_norm']}); stage.max_skipped={self.max_skipped} allows "
-                f"{self.max_skipped}. Lower the learning rate (optim, schedule) or stage.clip, or look at the data of "
-                f"that step{', or raise stage.skip_spikes' if spike else ''}."
-            )
+        if skipped:
+            self.guard.skipped(pending.step, figures, self.progress.skipped_in_a_row)
 
     def _log(self, pending: _Pending, figures: dict[str, float], skipped: bool) -> None:
         before, self._line = self._line, self._marks[-1]
@@ -176,11 +164,11 @@ class Monitor:
         }
         if skipped:
             line["skipped"] = 1
-            line["spike"] = int(_is_spike(line))
+            line["spike"] = int(is_spike(line))
         self.last = line
         self.metrics.log(pending.step, line)
         if skipped:
-            self.metrics.alert("spike", f"step {pending.step} was skipped, {_why(line)}")
+            self.metrics.alert("spike", f"step {pending.step} was skipped, {why(line)}")
 
     def _training_s(self) -> float:
         """A clock that stands still during validations."""
@@ -193,16 +181,6 @@ class Monitor:
         """Throughput of this process without its first two steps, which compile, allocate and fill the prefetch."""
         tokens_per_s = _rate(self._marks[min(2, max(0, len(self._marks) - 2))], self._marks[-1])
         return {"tokens_per_s": tokens_per_s, "mfu": self.mfu(tokens_per_s)}
-
-
-def _is_spike(figures: Mapping[str, Value]) -> bool:
-    """Why a step was skipped: a spike has figures."""
-    return math.isfinite(float(figures["loss"])) and math.isfinite(float(figures["grad_norm"]))
-
-
-def _why(line: Mapping[str, Value]) -> str:
-    reason = "far above those before" if line["spike"] else "not finite"
-    return f"loss or gradient norm {reason}: loss {line['loss']:.4g}, norm {line['grad_norm']:.4g}"
 
 
 def _rate(before: tuple[float, int], after: tuple[float, int]) -> float:

@@ -18,6 +18,7 @@ class Progress:
         validations_without_gain: validations since that one.
         validated: step of the newest validation that is counted in these two.
         skipped: the steps that were skipped for a loss or norm that was not finite, or a spike.
+        roll_backs: the faults for which the run went back: kind, step, and the step that it went back to.
         inputs: fingerprint of what the run reads (tokens, tokenizer, initial weights): it must be the same on resume.
     """
 
@@ -29,6 +30,7 @@ class Progress:
     validations_without_gain: int = 0
     validated: int = -1
     skipped: list[int] = field(default_factory=list)
+    roll_backs: list[tuple[str, int, int]] = field(default_factory=list)
     inputs: dict[str, str] = field(default_factory=dict)
 
     def state(self) -> dict[str, Any]:

@@ -41,7 +41,13 @@ IRRELEVANT = (
     "stage.checkpoint_every",
     "stage.keep",
     "stage.log_every",
-    "stage.max_skipped",
+    "guard.nonfinite",
+    "guard.spike",
+    "guard.max_skipped",
+    "guard.memory",
+    "guard.replicas",
+    "guard.every",
+    "guard.max_roll_backs",
 )
 """Keys that may differ between a run and its continuation: they change where and how it is computed, or name inputs
 whose content is compared instead. A * is any name."""

@@ -22,10 +22,11 @@ from parallel.precision import compute_dtype
 from train.checkpoint.checkpoints import Checkpoints
 from train.checkpoint.committed import FencedError
 from train.goodput import Ledger
+from train.guard import FaultError, Patrol, StartAgainError
 from train.loop import End, Loop, Validation
 from train.metrics.base import Metrics, Run
 from train.models import hf_weights
-from train.monitor import DivergedError, Monitor, Rates
+from train.monitor import Monitor, Rates
 from train.objectives.base import MicroBatch, Samples
 from train.objectives.clm import CausalLM
 from train.progress import Progress
@@ -97,7 +98,7 @@ class Session:
             config.parallel,
             config.optim.build,
             world=world,
-            settings=stage.settings(config.seed),
+            settings=stage.settings(config.seed, config.guard),
             initialise=partial(start.fill, seed=config.seed),
         )
         # Some objectives keep what the initial weights say; a new run must not find that of an abandoned one.
@@ -110,13 +111,19 @@ class Session:
 
     def _resume(self) -> Progress:
         """Go on from the newest checkpoint that verifies, or begin."""
-        state = self.checkpoints.restore(self.engine.state(), self._check)
-        if state is None:
+        progress = self._restored()
+        if progress is None:
             return Progress(inputs=self.inputs)
-        self.engine.loaded()
-        progress = Progress(**state)
         self._say(f"resumed from {self.checkpoints.path(progress.step)}")
         return progress
+
+    def _restored(self) -> Progress | None:
+        """That of the newest checkpoint that verifies, whose tensors the engine has from here on."""
+        state = self.checkpoints.restore(self.engine.state(), self._check)
+        if state is None:
+            return None
+        self.engine.loaded()
+        return Progress(**state)
 
     def _check(self, state: dict[str, Any]) -> None:
         with together():
@@ -138,20 +145,23 @@ class Session:
         """Train, validate, write. Returns the exit code.
 
         Raises:
-            DivergedError: names the last checkpoint.
+            FaultError: one that the guard does not roll back, or not again; names the last checkpoint.
             PublishError: there is no room for the model.
         """
-        loop = self._loop(signals)
-        self.clock.turn("compute")
-        try:
-            end = loop.run()
-        except DivergedError as error:
-            self.checkpoints.wait()
-            newest = self.checkpoints.newest
-            kept = (
-                f"The last checkpoint is {self.checkpoints.path(newest)}." if newest else "There is no checkpoint yet."
-            )
-            raise DivergedError(f"{error} {kept}") from None
+        while True:
+            loop = self._loop(signals)
+            self.clock.turn("compute")
+            try:
+                end = loop.run()
+                break
+            except FaultError as fault:
+                self.clock.turn("guard")
+                loop.monitor.metrics.alert("fault", str(fault))
+                loop.monitor.metrics.close({})
+                loop.loader.close()
+                self.checkpoints.wait()
+                self._answer(fault)
+                self.progress.seconds = loop.earlier_s  # the clock has gone on
         self.clock.turn("publish")
         with self.clock.on("checkpoint"):
             self.checkpoints.wait()
@@ -165,6 +175,23 @@ class Session:
             self._say(f"ended at step {self.progress.step}: {self.stage.patience} validations without a better loss")
         self._publish(loop, loop.validation.run(self.progress.step))
         return DONE
+
+    def _answer(self, fault: FaultError) -> None:
+        """Go back to before a fault, or end."""
+        guard, newest = self.config.guard, self.checkpoints.newest
+        if not guard.rolls_back(fault.kind):
+            kept = (
+                f"The last checkpoint is {self.checkpoints.path(newest)}." if newest else "There is no checkpoint yet."
+            )
+            raise FaultError(fault.kind, fault.step, f"{fault} {kept}")
+        before, progress = self.progress.roll_backs, self._restored()
+        if progress is None:
+            again = "There is no checkpoint to go back to: start the same command again to train from the start."
+            raise StartAgainError(fault.kind, fault.step, f"{fault} {again}")
+        guard.judge_roll_back(fault, progress.step, before)
+        progress.roll_backs = [*before, (fault.kind, fault.step, progress.step)]
+        self._say(f"fault: {fault} Rolled back to {self.checkpoints.path(progress.step)}.")
+        self.progress = self.ledger.progress = progress
 
     def _loop(self, signals: StopSignals) -> Loop:
         stage, config, progress = self.stage, self.config, self.progress
@@ -180,7 +207,7 @@ class Session:
             self._rates(),
             steps=stage.steps,
             log_every=stage.log_every,
-            max_skipped=stage.max_skipped,
+            guard=config.guard,
             copies=self.world.size // self.engine.dp_size,
             device=self.world.device,
         )
@@ -204,6 +231,7 @@ class Session:
             steps=stage.steps,
             progress=progress,
             monitor=monitor,
+            patrol=Patrol(self.engine, config.guard.every),
             checkpoints=self.checkpoints,
             validation=validation,
             clock=self.clock,
@@ -280,6 +308,7 @@ class Session:
             "loss": loop.monitor.last.get("loss", math.nan),
             **validation,
             "skipped_steps": len(self.progress.skipped),
+            "roll_backs": len(self.progress.roll_backs),
             **loop.monitor.summary(),
             "peak_memory_bytes": memory_bytes,
             "shares": self.clock.shares(),

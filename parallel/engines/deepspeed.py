@@ -28,7 +28,7 @@ from conf.registry import register
 from parallel import determinism
 from parallel.distributed import World
 from parallel.ema import Average
-from parallel.engine import LossTerms, Outputs, Settings, StepResult
+from parallel.engine import LossTerms, Outputs, Settings, StepResult, nothing
 from parallel.engines.deepspeed_partitions import Partitions, Placed, placed
 from parallel.gather import Gathered
 from parallel.layout import Layout
@@ -265,6 +265,7 @@ class DeepSpeedEngine:
         ema_debias: bool,
     ):
         self.device = world.device
+        self.before_update: Callable[[], None] = nothing
         self.dp_rank, self.dp_size = world.rank // layout.tp, layout.dp
         self.wrapped = wrapped
         self.optimizer = optimizer
@@ -304,6 +305,7 @@ class DeepSpeedEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate_factor
         self._norm, self._skipped = torch.full_like(self._norm, torch.inf), None
+        self.before_update()
         self.wrapped.step()
         # DeepSpeed itself leaves out an update whose gradients are not finite, before it comes to the optimizer.
         skipped = torch.ones_like(self._norm) if self._skipped is None else self._skipped

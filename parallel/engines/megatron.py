@@ -26,7 +26,7 @@ from conf.registry import register
 from parallel import context, determinism
 from parallel.distributed import World
 from parallel.ema import Average
-from parallel.engine import Outputs, Settings, StepResult
+from parallel.engine import Outputs, Settings, StepResult, nothing
 from parallel.engines.megatron_masters import Masters
 from parallel.engines.megatron_model import (
     Sight,
@@ -70,7 +70,7 @@ class Megatron:
         """What this engine cannot do of a run, each by its key; Megatron is not imported."""
         if not hasattr(config.stage, "settings"):
             return []  # a stage that trains nothing has no engine
-        settings: Settings = config.stage.settings(config.seed)
+        settings: Settings = config.stage.settings(config.seed, config.guard)
         found = layout_problems(config.parallel)
         if config.init_from:  # its sizes are known once it is read: see `build`
             found += dropout_problems(config.model)
@@ -263,6 +263,7 @@ class MegatronEngine:
         from megatron.core.distributed import finalize_model_grads
 
         self.device, self.rank = world.device, world.rank
+        self.before_update: Callable[[], None] = nothing
         self.dp_rank, self.dp_size = mesh.dp_rank, mesh.layout.dp
         self.stage, self.masters, self.sight, self.optimizer = stage, masters, sight, optimizer
         self.mesh, self.layout, self.settings, self.here = mesh, mesh.layout, settings, here
@@ -292,6 +293,7 @@ class MegatronEngine:
                 chunk.train()
                 chunk.zero_grad_buffer()
             sums = self._figures(micro_batches, objective, training=True)
+            self.before_update()
             totals = sums.over_ranks(squares=_squares(self.masters.take_gradients()))
             loss, metrics = means(totals)
             norm = (totals["squares"].sqrt() / totals["weight"]).float()

@@ -22,7 +22,7 @@ from parallel import determinism
 from parallel.decode import Decoding
 from parallel.distributed import World
 from parallel.ema import Average
-from parallel.engine import Outputs, Settings, StepResult
+from parallel.engine import Outputs, Settings, StepResult, nothing
 from parallel.gather import Gathered
 from parallel.layout import Layout
 from parallel.mesh import Mesh
@@ -118,6 +118,7 @@ class NativeEngine:
                 "the device: use a fused optimizer of torch (AdamW(fused=True)), or give yours these two attributes."
             )
         self.device = world.device
+        self.before_update: Callable[[], None] = nothing
         self.dp_rank, self.dp_size = mesh.dp_rank, layout.dp
         self.placement = placement
         self.parts = placement.parts
@@ -155,6 +156,7 @@ class NativeEngine:
             part.model.train()
         sums = self._pass(micro_batches, objective, training=True)
         self.placement.add_up()
+        self.before_update()
         totals = self._totals(sums, objective, squares=self._squares())
         loss, metrics = means(totals)
         norm = (totals["squares"].sqrt() / totals["weight"]).float()

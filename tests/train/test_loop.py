@@ -13,9 +13,10 @@ from parallel import distributed
 from parallel.engine import StepResult
 from parallel.layout import Layout
 from tests.ranks import run_ranks
+from train.guard import FaultError, Guard, Patrol
 from train.loop import End, Loop, Validation
 from train.metrics.base import Metrics, Run
-from train.monitor import DivergedError, Monitor, Rates
+from train.monitor import Monitor, Rates
 from train.progress import Progress
 from train.rundir import recipe, together
 from train.signals import StopSignals
@@ -23,6 +24,7 @@ from train.stages.training import Training
 from train.throughput import Clock, exposed_communication, measured_flops, peak_flops
 
 STEPS = 6
+SKIPPING = Guard(nonfinite="skip", max_skipped=2)
 
 
 @dataclass
@@ -78,7 +80,7 @@ class Recorder:
         self.events.append(("log", step, dict(values)))
 
 
-def loop_of(recorder, progress=None, validate_every=2, patience=0, max_skipped=0, signals=None, log_every=1):
+def loop_of(recorder, progress=None, validate_every=2, patience=0, guard=Guard(), signals=None, log_every=1):
     world = distributed.start()
     progress = progress or Progress()
     recorder.steps_done = progress.step
@@ -91,7 +93,7 @@ def loop_of(recorder, progress=None, validate_every=2, patience=0, max_skipped=0
         Rates(flops_per_token=1.0, peak_flops=100.0),
         steps=STEPS,
         log_every=log_every,
-        max_skipped=max_skipped,
+        guard=guard,
         copies=1,
         device=world.device,
     )
@@ -105,6 +107,7 @@ def loop_of(recorder, progress=None, validate_every=2, patience=0, max_skipped=0
         steps=STEPS,
         progress=progress,
         monitor=monitor,
+        patrol=Patrol(recorder, every=0),
         checkpoints=recorder,
         validation=validation,
         clock=clock,
@@ -173,32 +176,32 @@ def test_a_validation_repeated_after_a_restart_counts_once():
 
 
 def test_skipped_steps_are_remembered_and_too_many_in_a_row_end_the_run():
-    _, events, progress = ran(Recorder(skipped_steps=(2, 3, 5)), max_skipped=2)
+    _, events, progress = ran(Recorder(skipped_steps=(2, 3, 5)), guard=SKIPPING)
     assert progress.skipped == [2, 3, 5]
     assert [e[1] for e in events if e[0] == "log" and e[2].get("skipped")] == [2, 3, 5]
     message = run_ranks(1, _diverged, Recorder(skipped_steps=(2, 3, 4)), Progress())[0]
-    assert "3 step(s) in a row, up to step 4" in message and "stage.max_skipped=2" in message
+    assert "step 4 was left out" in message and "number 3 in a row" in message and "guard.max_skipped=2" in message
 
 
 def test_spikes_and_what_is_not_finite_are_told_apart_and_counted_together():
-    _, events, progress = ran(Recorder(skipped_steps=(2,), spikes=(3, 5)), max_skipped=2)
+    _, events, progress = ran(Recorder(skipped_steps=(2,), spikes=(3, 5)), guard=SKIPPING)
     assert progress.skipped == [2, 3, 5]
     assert [e[2]["spike"] for e in events if e[0] == "log" and e[2].get("skipped")] == [0, 1, 1]
     message = run_ranks(1, _diverged, Recorder(skipped_steps=(2, 3), spikes=(4,)), Progress())[0]
-    assert "far above those before (loss 4.0, norm 0.5)" in message and "raise stage.skip_spikes" in message
+    assert "far above those before: loss 4, norm 0.5" in message and "raise guard.spike_strength" in message
     message = run_ranks(1, _diverged, Recorder(skipped_steps=(4,), spikes=(2, 3)), Progress())[0]
-    assert "was not finite (loss nan" in message and "skip_spikes" not in message
+    assert "not finite: loss nan" in message and "spike_strength" not in message
 
 
 def test_skips_before_a_restart_count():
     progress = Progress(step=3, skipped=[2, 3])
-    assert "3 step(s) in a row, up to step 4" in run_ranks(1, _diverged, Recorder(skipped_steps=(4,)), progress)[0]
+    assert "number 3 in a row" in run_ranks(1, _diverged, Recorder(skipped_steps=(4,)), progress)[0]
 
 
 def _diverged(recorder, progress):
     try:
-        _run(recorder, {"progress": progress, "max_skipped": 2})
-    except DivergedError as error:
+        _run(recorder, {"progress": progress, "guard": SKIPPING})
+    except FaultError as error:
         return str(error)
 
 
@@ -303,21 +306,12 @@ def test_an_error_of_one_rank_ends_all_and_is_told_once():
 
 def test_every_value_out_of_range_is_named_at_once():
     values = {"steps": 0, "keep": 0, "patience": 2, "ema": 1.0, "precision": "int3", "clip": -1.0, "log_every": 0}
-    values |= {"max_skipped": -1, "skip_spikes": -1.0, "spike_window": 1}
     stage = Training(**values)
     keys = {
         problem.key
         for problem in stage.problems(SimpleNamespace(parallel=Layout(dp_shard=2), init_from="a"), world_size=1)
     }
     assert keys == {*(f"stage.{name}" for name in values), "parallel.dp_shard"}
-
-
-def test_skipping_spikes_needs_room_for_them():
-    found = Training(skip_spikes=6.0).problems(SimpleNamespace(parallel=Layout(), init_from="a"), world_size=1)
-    assert ["stage.max_skipped" in problem.fix for problem in found] == [True]
-    assert not Training(skip_spikes=6.0, max_skipped=3).problems(
-        SimpleNamespace(parallel=Layout(), init_from="a"), world_size=1
-    )
 
 
 def test_a_recipe_leaves_out_what_does_not_change_the_result():

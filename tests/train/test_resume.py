@@ -70,7 +70,7 @@ def test_a_stop_signal_ends_with_code_75_and_the_restart_is_bit_identical(corpus
 @pytest.mark.slow
 @pytest.mark.parametrize("optim", ["adam8bit", "muon"])
 def test_eight_bit_moments_sharded_matrices_and_the_history_of_spikes_survive_a_stop(corpus, tmp_path, optim):
-    spikes = ("stage.skip_spikes=3", "stage.spike_window=4", "stage.max_skipped=16")
+    spikes = ("guard.spike_strength=3", "guard.spike_window=4", "guard.max_skipped=16")
     settings = (*LONG, f"optim={optim}", *spikes, "parallel.dp_shard=2", "parallel.zero=3")
     complete(corpus, tmp_path / "whole", *settings, ranks=2)
     running = begin(corpus, tmp_path / "run", *settings, ranks=2)
@@ -170,10 +170,16 @@ def test_a_second_run_in_a_live_directory_is_refused_on_every_rank_and_harms_not
 def test_a_run_stops_when_the_loss_is_not_finite_and_names_the_last_checkpoint(corpus, tmp_path):
     run_dir = tmp_path / "run"
     running = begin(
-        corpus, run_dir, "stage.steps=40", "optim.lr=1e30", "stage.checkpoint_every=1", "stage.max_skipped=2"
+        corpus,
+        run_dir,
+        "stage.steps=40",
+        "optim.lr=1e30",
+        "stage.checkpoint_every=1",
+        "guard.nonfinite=skip",
+        "guard.max_skipped=2",
     )
     assert running.wait() == [1]
-    assert "3 step(s) in a row" in running.output() and "The last checkpoint is" in running.output()
+    assert "number 3 in a row" in running.output() and "The last checkpoint is" in running.output()
     assert "Traceback" not in running.output()
     assert not (run_dir / "manifest.json").exists()
     assert any((run_dir / "checkpoints").iterdir())

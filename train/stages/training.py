@@ -17,9 +17,9 @@ from parallel.precision import NO_FP8, PRECISIONS, has_fp8
 from train.checkpoint import committed
 from train.checkpoint.committed import CheckpointError
 from train.goodput import Ledger, age_s
+from train.guard import FaultError, Guard
 from train.models import hf
 from train.models.hf import HuggingFaceError
-from train.monitor import DivergedError
 from train.rundir import check_agreement, check_same, check_unfinished, recipe, together, with_options, write_config
 from train.session import CHECKPOINTS, Session
 from train.signals import StopSignals
@@ -53,11 +53,6 @@ class Training(Stage):
         patience: validations without a better loss after which the run ends (early stopping); 0 never.
         checkpoint_every: steps between checkpoints.
         keep: newest checkpoints kept on disk.
-        skip_spikes: skip a step whose loss or gradient norm is more than so many standard deviations above the mean of
-            the last `spike_window` steps that were not skipped, for instance 6; 0 skips only what is not finite. Half a
-            window of steps is taken before the first is judged.
-        spike_window: steps.
-        max_skipped: consecutive steps that may be skipped, for whichever reason, before the run stops.
         log_every: steps between log lines.
     """
 
@@ -74,12 +69,9 @@ class Training(Stage):
     patience: int = 0
     checkpoint_every: int = 100
     keep: int = 2
-    skip_spikes: float = 0.0
-    spike_window: int = 128
-    max_skipped: int = 0
     log_every: int = 1
 
-    def settings(self, seed: int) -> Settings:
+    def settings(self, seed: int, guard: Guard) -> Settings:
         """What the engine must know of this stage."""
         return Settings(
             precision=self.precision,
@@ -88,8 +80,8 @@ class Training(Stage):
             ema=self.ema,
             deterministic=self.deterministic,
             seed=seed,
-            skip_spikes=self.skip_spikes,
-            spike_window=self.spike_window,
+            skip_spikes=guard.spike_strength,
+            spike_window=guard.spike_window,
         )
 
     def problems(self, config: "RunConfig", world_size: int) -> list[Problem]:
@@ -98,16 +90,11 @@ class Training(Stage):
         for key in ("steps", "validation_batches", "keep", "log_every"):
             if getattr(self, key) < 1:
                 found.append(Problem(f"stage.{key}", getattr(self, key), "must be at least 1"))
-        for key in ("clip", "validate_every", "patience", "checkpoint_every", "skip_spikes", "max_skipped"):
+        for key in ("clip", "validate_every", "patience", "checkpoint_every"):
             if getattr(self, key) < 0:
                 found.append(Problem(f"stage.{key}", getattr(self, key), "must be at least 0"))
         if not 0 <= self.ema < 1:
             found.append(Problem("stage.ema", self.ema, "a decay in [0, 1), for instance 0.999"))
-        if self.spike_window < 2:
-            found.append(Problem("stage.spike_window", self.spike_window, "must be at least 2; 128 is usual"))
-        if self.skip_spikes > 0 and self.max_skipped == 0:
-            fix = "ends the run at the first spike: give stage.max_skipped the number of spikes in a row to bear"
-            found.append(Problem("stage.skip_spikes", self.skip_spikes, fix))
         if self.precision not in (*PRECISIONS, "fp8"):
             found.append(Problem("stage.precision", self.precision, f"one of {', '.join(PRECISIONS)}, fp8"))
         if self.precision == "fp8":
@@ -144,7 +131,7 @@ class Training(Stage):
         Raises:
             LiveRunError: another process writes run_dir.
             OccupiedError: run_dir holds a run of another configuration or of other inputs.
-            DivergedError: see stage.max_skipped.
+            FaultError: see `guard`.
             CheckpointError: a checkpoint cannot be written or read.
             DisagreementError: the ranks were not started alike.
             RendezvousError, PeerError, PeerFailedError: see `parallel.distributed.joined`.
@@ -180,7 +167,7 @@ class Training(Stage):
             try:
                 session = Session(self, config, resolved, world, start, directory, lease, ledger, stack)
                 return ledger.ends(session.run(signals))
-            except (CheckpointError, DivergedError) as error:
+            except (CheckpointError, FaultError) as error:
                 if world.rank > 0:  # all ranks have the same one
                     raise SystemExit(error.exit_code) from None
                 raise

@@ -37,8 +37,26 @@ class Check:
     missing: list[str]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What became of a call.
+
+    Args:
+        problem: what its entry point would say to this command line; empty when it would start.
+        run_dir: the directory it would write, where it got so far.
+    """
+
+    problem: str = ""
+    run_dir: str = ""
+
+
 def check(calls: list[Check]) -> dict[str, str]:
     """Stage -> what is wrong with its configuration; stages without a problem are left out."""
+    return {stage: answer.problem for stage, answer in answers(calls).items() if answer.problem}
+
+
+def answers(calls: list[Check]) -> dict[str, Answer]:
+    """Stage -> what became of its call."""
     result = subprocess.run(
         [sys.executable, "-m", "launchers.preflight"],
         input=json.dumps([asdict(call) for call in calls]),
@@ -47,19 +65,18 @@ def check(calls: list[Check]) -> dict[str, str]:
     )
     if result.returncode:
         raise LongrunError(f"the stages' configurations could not be checked:\n{result.stderr.strip()}")
-    return json.loads(result.stdout)
+    return {stage: Answer(**answer) for stage, answer in json.loads(result.stdout).items()}
 
 
-def _problem(call: Check) -> str:
-    """What the entry point itself would say to this command line; empty when it would start."""
-
+def _answer(call: Check) -> Answer:
     def compose_only(config_name: str, schema: type, main: Any) -> None:
         """In place of `conf.entry.run`: everything up to the start."""
         from hydra import compose, initialize_config_module
 
         try:
             with initialize_config_module("conf", version_base="1.3"):
-                entry.typed(compose(config_name, overrides=["hydra/help=default", *overrides]), schema)
+                config: Any = entry.typed(compose(config_name, overrides=["hydra/help=default", *overrides]), schema)
+            run_dirs.append(getattr(config, "run_dir", ""))
         except ConfigError as error:
             told = [str(p) for p in error.problems if not any(path in str(p) for path in call.missing)]
             messages.extend(told)
@@ -71,6 +88,7 @@ def _problem(call: Check) -> str:
 
     command, *overrides = call.call
     messages: list[str] = []
+    run_dirs: list[str] = []
     printed = io.StringIO()
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(call.processes)} if call.processes > 1 else {}
     with (
@@ -80,9 +98,9 @@ def _problem(call: Check) -> str:
         contextlib.redirect_stderr(printed),
     ):
         runpy.run_module(command, run_name="__main__")
-    return "\n".join(messages)
+    return Answer("\n".join(messages), *run_dirs)
 
 
 if __name__ == "__main__":
     calls = [Check(**call) for call in json.load(sys.stdin)]
-    json.dump({call.stage: text for call in calls if (text := _problem(call))}, sys.stdout)
+    json.dump({call.stage: asdict(_answer(call)) for call in calls}, sys.stdout)

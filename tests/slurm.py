@@ -203,7 +203,8 @@ class Cluster:
             seen.update(self.job(number))
             here = int(seen.get("Restarts", "0")) >= restarts
             if here and seen.get("JobState") in ENDED - wanted:
-                raise SlurmError(f"job {number} ended as {seen}, not as {' or '.join(sorted(wanted))}")
+                shown = {key: seen.get(key) for key in ("JobState", "Reason", "ExitCode", "Restarts", "StdOut")}
+                raise SlurmError(f"job {number} is not {' or '.join(sorted(wanted))} but {shown}")
             return here and seen.get("JobState") in wanted
 
         until(there, f"job {number} did not become {' or '.join(sorted(wanted))}: it is {{}}", timeout_s, seen)

@@ -41,7 +41,9 @@ class DummyConfig:
 
 
 def main(config: DummyConfig, resolved: dict[str, Any]) -> int:
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    said = os.environ
+    rank = int(said.get("RANK") or said.get("SLURM_PROCID") or 0)
+    size = int(said.get("WORLD_SIZE") or said.get("SLURM_STEP_NUM_TASKS") or 1)
     print(f"rank {rank} of {size} with value {config.value} and text {config.text}")
     directory = Path(config.run_dir)
     if rank:
@@ -62,6 +64,8 @@ def main(config: DummyConfig, resolved: dict[str, Any]) -> int:
                 raise LongrunError("something the user can mend")
             case "early" if int(starts.read_text()) < 3:
                 return 75
+            case "early once" if int(starts.read_text()) < 2:
+                return 75
             case "always early":
                 return 75
             case "loses a rank" if int(starts.read_text()) < 3:
@@ -72,7 +76,8 @@ def main(config: DummyConfig, resolved: dict[str, Any]) -> int:
             case "leaves nothing":
                 return 0
             case "stops on request":
-                signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+                for number in (signal.SIGTERM, signal.SIGUSR2):
+                    signal.signal(number, lambda *_: sys.exit(75))
             case "ignores requests":
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
         draft = Draft(directory, "dummy", recipe, inputs)

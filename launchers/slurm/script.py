@@ -1,0 +1,221 @@
+"""The script of a job, made and submitted by submitit's SlurmExecutor, and what it does when its ranks have ended.
+
+Of submitit we use the script and the submission. Its own way to run a function (pickles both ways, a handler of
+signals that requeues) is not used: the ranks are plain processes, so that exit codes and signals are theirs, and no
+pickle says how a job ended.
+
+    every rank ended with 0         the job is COMPLETED, if the artifact's manifest is there
+    one failed                      the job is FAILED, with that rank's code, at once
+    stopped early, or one was lost  the job is requeued, while it was started again less than `requeues` times
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_pipeline.artifact import MANIFEST
+from launchers.base import STOPPED_EARLY
+from launchers.slurm.resources import Resources
+
+if TYPE_CHECKING:
+    from submitit import SlurmExecutor
+
+ROOT = Path(__file__).parents[2]
+"""Where the code is."""
+LOGS = "logs"
+CANCELLED = "cancelled"
+"""A mark among the logs: the job shall not be requeued."""
+
+LOST = 76
+"""A rank was lost through no fault of the run's configuration."""
+KILLED = (137, 138, 140, 143)
+"""SIGKILL: the memory was short, or its machine went. SIGUSR1, SIGUSR2, SIGTERM: asked to stop before it could hear."""
+AGAIN = "|".join(map(str, (STOPPED_EARLY, LOST, *KILLED)))
+
+BEFORE = """\
+logs="$1/{logs}" codes="$1/{logs}/codes-$SLURM_JOB_ID"
+rm -rf "$codes"
+mkdir -p "$codes"
+trap : TERM  # the ranks hear it too: their end is waited for"""
+
+AFTER = """\
+code=$?
+for own in $(cat "$codes"/* 2>/dev/null); do
+    case $own in 0|{again}) ;; *) code=$own ;; esac
+done
+rm -rf "$codes"
+case $code in
+0)
+    [ -f "$1/{manifest}" ] || {{ echo "error: every rank ended with 0, but $1/{manifest} is not there"; code=1; }} ;;
+{again})
+    if [ -e "$logs/{cancelled}" ]; then
+        scancel "$SLURM_JOB_ID"
+    elif [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
+        echo "the ranks ended with $code: start $((${{SLURM_RESTART_COUNT:-0}} + 2)) follows"
+        scontrol requeue "$SLURM_JOB_ID"
+    else
+        echo "error: the ranks ended with $code, and the job was started again {requeues} times (requeues) already"
+    fi ;;
+*)
+    echo "error: a rank failed with exit code $code; see $logs/rank-*.log" ;;
+esac
+exit $code"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a job, or one element of an array, runs.
+
+    Args:
+        directory: the run directory, absolute.
+        command: what follows `python -m`.
+    """
+
+    directory: Path
+    command: list[str]
+
+    @property
+    def logs(self) -> Path:
+        return self.directory / LOGS
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A job, or an array job of several runs.
+
+    Args:
+        resources: what each run is given.
+        nodes: machines of each run.
+        runs: one, or the elements of an array.
+        name: what Slurm calls it.
+        folder: where the scripts are kept, and the output of an array's scripts.
+        after: Slurm's dependency, for instance afterok:12:13; empty for none.
+        at_once: elements of an array that may run at the same time; 0 for no limit.
+    """
+
+    resources: Resources
+    nodes: int
+    runs: Sequence[Run]
+    name: str
+    folder: Path
+    after: str = ""
+    at_once: int = 0
+
+    def text(self) -> str:
+        """The script."""
+        return self._executor()._make_submission_file_text(self._srun(), "")
+
+    def submit(self) -> str:
+        """Returns the job's number.
+
+        Raises:
+            SlurmError: sbatch refused.
+        """
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        from launchers.slurm.cluster import SlurmError
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for run in self.runs:
+            run.logs.mkdir(parents=True, exist_ok=True)
+            (run.logs / CANCELLED).unlink(missing_ok=True)
+        try:
+            return self._executor()._submit_command(self._srun()).job_id
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise SlurmError(f"sbatch refused: {error}") from error
+
+    def _executor(self) -> "SlurmExecutor":
+        from submitit import SlurmExecutor
+
+        asked = self.resources
+        output = f"{self.folder}/job-%a.log" if len(self.runs) > 1 else f"{self.runs[0].logs}/job.log"
+        further = {
+            "requeue": True,
+            "chdir": str(Path.cwd()),
+            "output": output,
+            **({"kill-on-invalid-dep": "yes"} if self.after else {}),
+            **asked.options,
+        }
+        executor = SlurmExecutor(self.folder)
+        executor.update_parameters(
+            job_name=self.name,
+            comment=str(self.runs[0].directory) if len(self.runs) == 1 else str(self.folder),
+            nodes=self.nodes,
+            ntasks_per_node=asked.ranks_per_node,
+            gpus_per_node=asked.gpus_per_node or None,
+            cpus_per_task=asked.cpus_per_task or None,
+            mem=asked.memory or None,
+            time=asked.time or None,
+            partition=asked.partition or None,
+            account=asked.account or None,
+            qos=asked.qos or None,
+            constraint=asked.constraint or None,
+            exclude=asked.exclude or None,
+            exclusive=asked.exclusive or None,
+            dependency=self.after or None,
+            signal_delay_s=asked.warning_s,
+            stderr_to_stdout=True,
+            wckey=None,
+            array_parallelism=self.at_once or len(self.runs),
+            additional_parameters=further,
+            setup=self._before(),
+            teardown=AFTER.format(
+                again=AGAIN, manifest=MANIFEST, cancelled=CANCELLED, requeues=asked.requeues
+            ).splitlines(),
+            use_srun=False,
+        )
+        if len(self.runs) > 1:
+            executor.parameters["map_count"] = len(self.runs)
+        return executor
+
+    def _before(self) -> list[str]:
+        variables = {"PYTHONUNBUFFERED": "1", **self.resources.environment}
+        lines = [f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"']
+        lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+        lines += self.resources.setup
+        called = [f"set -- {shlex.join([str(run.directory), *run.command])}" for run in self.runs]
+        if len(called) == 1:
+            lines += called
+        else:
+            elements = [f"{number}) {line} ;;" for number, line in enumerate(called)]
+            lines += ["case $SLURM_ARRAY_TASK_ID in", *elements, "esac"]
+        return [*lines, *BEFORE.format(logs=LOGS).splitlines()]
+
+    def _srun(self) -> str:
+        """The ranks. What the shell shall expand is in double quotes."""
+        asked = self.resources
+        options = ["--open-mode=append", "--kill-on-bad-exit=0", f"--wait={asked.grace_s}"]
+        if asked.cpus_per_task:
+            options.append(f"--cpus-per-task={asked.cpus_per_task}")  # since Slurm 22.05 a step does not inherit it
+        inside: list[str] = []
+        if asked.container:
+            seen = [str(ROOT), str(Path.cwd()), "$1", *asked.mounts]
+            mounts = ",".join(path if ":" in path else f"{path}:{path}" for path in seen)
+            if asked.runtime == "pyxis":
+                options += [f"--container-image={asked.container}", f"--container-mounts={mounts}"]
+                options.append(f"--container-workdir={Path.cwd()}")
+            else:
+                inside = ["apptainer", "exec", *(["--nv"] if asked.gpus_per_node else [])]
+                inside += [f"--pwd={Path.cwd()}", f"--bind={mounts}", asked.container]
+        python = asked.python or sys.executable
+        words = [
+            "srun",
+            "--output=$logs/rank-%t.log",
+            *options,
+            *inside,
+            python,
+            "-m",
+            "launchers.slurm.rank",
+            "$codes",
+        ]
+        return " ".join([*map(_expanded, words), '"${@:2}"'])
+
+
+def _expanded(word: str) -> str:
+    """A word of which the shell expands $logs, $codes and $1 alone."""
+    if not any(name in word for name in ("$logs", "$codes", "$1")):
+        return shlex.quote(word)
+    return '"' + word.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`") + '"'

@@ -1,0 +1,232 @@
+"""Jobs on a real Slurm: how they end, how they are started again, what is refused before they are submitted."""
+
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from conf.errors import ConfigError
+from data_pipeline.artifact import Artifact
+from launchers import preflight
+from launchers.slurm import jobs, show
+from launchers.slurm.cluster import SlurmError
+from launchers.slurm.jobs import LiveJobError
+from launchers.slurm.resources import Resources, SlurmConfig, seconds
+from launchers.slurm.script import Batch, Run
+from tests.data import tiny_corpus
+from tests.slurm import Cluster, until
+
+pytestmark = pytest.mark.slurm
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+BEHAVIOURS = ("well", "early once", "fails", "leaves nothing", "stops on request")
+SLURM = [sys.executable, "-m", "launchers.slurm"]
+
+
+@pytest.fixture(scope="module")
+def patch():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}:{HERE}")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.syspath_prepend(HERE)
+        yield patch
+
+
+def dummy(directory: Path, *settings: str, **resources) -> str:
+    """Submit a stage that costs nothing; returns the job's number. Its configuration is not checked: that takes the
+    import of torch."""
+    config = SlurmConfig(**resources)
+    command = ["dummy_stage", f"run_dir={directory}", *settings]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "answers", lambda calls: {"run": preflight.Answer(run_dir=str(directory))})
+        said = jobs.submit(config, asdict(config), command)
+    return re.search(r"job (\d+) for", said)[1]
+
+
+@pytest.fixture(scope="module")
+def ends(slurm: Cluster, patch, tmp_path_factory) -> dict[str, tuple[Path, str]]:
+    """Behaviour -> run directory and job number of a stage with it, all submitted at once."""
+    slurm.clear()
+    root = tmp_path_factory.mktemp("ends")
+    submitted = {}
+    for behaviour in BEHAVIOURS:
+        directory = root / behaviour.replace(" ", "-")
+        work_s = 600 if behaviour == "stops on request" else 0
+        submitted[behaviour] = (directory, dummy(directory, f"behaviour={behaviour}", f"seconds={work_s}"))
+    return submitted
+
+
+@pytest.fixture(scope="module")
+def trained(slurm: Cluster, patch, tmp_path_factory) -> tuple[Path, str]:
+    """A run of two nodes with two ranks each, submitted from the command line; and what that said."""
+    root = tmp_path_factory.mktemp("trained")
+    command = ["train", "model=smoke", f"data.path={tiny_corpus(root, documents=60)}", f"run_dir={root}/run"]
+    command += ["data.sequence_length=32", "stage.steps=4", "stage.global_batch=8", "stage.validation_batches=1"]
+    asked = ["nodes=2", "tasks_per_node=2", "time=10", "+environment.GREETING=it is"]
+    given = [*SLURM, "submit", *asked, "--", *command, "parallel.dp_shard=4"]
+    answer = subprocess.run(given, capture_output=True, text=True, cwd=ROOT)
+    assert answer.returncode == 0, answer.stderr
+    slurm.wait(re.search(r"job (\d+) for", answer.stdout)[1], "COMPLETED", timeout_s=180)
+    return root / "run", answer.stdout
+
+
+def test_two_nodes_with_two_ranks_each_train(trained):
+    artifact = Artifact.read(trained[0])
+    assert artifact.facts["processes"] == 4 and artifact.metrics["steps"] == 4
+    assert "srun: 4 processes (2 on this machine)" in (trained[0] / "logs/rank-0.log").read_text()
+    assert sorted(file.name for file in (trained[0] / "logs").glob("rank-*")) == [f"rank-{r}.log" for r in range(4)]
+
+
+def test_what_was_submitted_is_kept_with_the_run(trained, slurm):
+    record = jobs.Record.read(trained[0])
+    assert record.command[0] == "train" and record.settings["nodes"] == 2 and record.cwd == str(ROOT)
+    script = (trained[0] / "logs" / f"{record.jobs[-1]}_submission.sh").read_text()
+    for flag in ("--nodes=2", "--ntasks-per-node=2", "--time=10", "--signal=USR2@120", "--open-mode=append"):
+        assert f"#SBATCH {flag}" in script
+    assert "export GREETING='it is'" in script
+    assert jobs.resume(trained[0], []) == f"{trained[0]} is finished: nothing to do"
+
+
+def test_a_run_that_ends_well_completes_its_job(ends, slurm):
+    directory, job = ends["well"]
+    slurm.wait(job, "COMPLETED")
+    assert Artifact.read(directory).kind == "dummy"
+
+
+def test_a_run_that_fails_fails_its_job_at_once_with_its_code(ends, slurm):
+    directory, job = ends["fails"]
+    assert slurm.wait(job, "FAILED")["ExitCode"] == "1:0"
+    assert "something the user can mend" in "".join(show.lines(directory, "0", follow=False))
+    assert "a rank failed with exit code 1" in "".join(show.lines(directory, "job", follow=False))
+    (row,) = show.rows([directory])
+    assert (row.state, row.restarts) == ("FAILED", 0) and "exit code 1" in row.why
+
+
+def test_success_without_an_artifact_fails_the_job(ends, slurm):
+    directory, job = ends["leaves nothing"]
+    assert slurm.wait(job, "FAILED")["ExitCode"] == "1:0"
+    assert "manifest.json is not there" in (directory / "logs/job.log").read_text()
+
+
+def test_a_run_that_stops_early_is_requeued_and_goes_on(ends, slurm):
+    directory, job = ends["early once"]
+    slurm.wait(job, "COMPLETED", restarts=1)
+    assert (directory / "starts").read_text() == "2"
+    assert "start 2 follows" in (directory / "logs/job.log").read_text()
+
+
+def test_a_run_has_one_job_which_status_shows_and_cancel_lets_stop(ends, slurm):
+    directory, job = ends["stops on request"]
+    until(lambda: "working" in _read(directory / "logs/rank-0.log"), "the run did not come to work", 60)
+    with pytest.raises(LiveJobError, match=f"has job {job} already"):
+        dummy(directory)
+    assert (job, "RUNNING", str(directory)) in [(row.job, row.state, row.run) for row in show.rows([])]
+    assert jobs.run_of(job) == directory
+    said = list(jobs.cancel(directory, wait_s=30))
+    assert said[0] == f"job {job} is asked to write a checkpoint and end" and "resume" in said[-1]
+    slurm.wait(job, "CANCELLED")
+    assert jobs.live_job(directory) is None
+    assert list(jobs.cancel(directory, wait_s=30)) == [f"{directory} has no job that is pending or running."]
+
+
+def test_a_job_that_waits_says_why_and_is_cancelled_without_a_word(slurm, patch, tmp_path):
+    job = dummy(tmp_path / "run", options={"begin": "now+1hour"})
+    (row,) = show.rows([tmp_path / "run"])
+    assert (row.state, row.why) == ("PENDING", "starts again in a moment")
+    with pytest.raises(SlurmError, match=rf"no .*rank-0.log; job {job} is PENDING"):
+        list(show.lines(tmp_path / "run", "0", follow=False))
+    assert list(jobs.cancel(tmp_path / "run", wait_s=30)) == [f"job {job} is cancelled"]
+
+
+def _read(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("text", "limit_s"),
+    [("90", 5400), ("24:00:00", 86400), ("10:30", 630), ("2-0", 172800), ("1-12:30", 131400), ("1-0:0:5", 86405)],
+)
+def test_times_are_read_as_slurm_reads_them(text, limit_s):
+    assert seconds(text) == limit_s
+
+
+@pytest.mark.parametrize("text", ["24h", "1:2:3:4", "1d", "-5", "1-"])
+def test_what_is_no_time_is_none(text):
+    assert seconds(text) is None
+
+
+def refused(*command: str, **resources) -> str:
+    with pytest.raises(ConfigError) as error:
+        jobs.check(SlurmConfig(**resources), command)
+    return str(error.value)
+
+
+def test_every_problem_is_told_at_once(slurm, patch):
+    said = refused(
+        *["dummy_stage", "run_dir=/tmp/none", "value=-1"],
+        **{"partition": "mian", "time": "24h", "memory": "much", "environment": {"WANDB_API_KEY": "abc"}},
+    )
+    assert "5 problems" in said and "abc" not in said
+    for part in (
+        "partition=mian: there is no such partition; did you mean main?",
+        "time=24h: minutes (90)",
+        "memory=much",
+        "environment.WANDB_API_KEY",
+        "value=-1: 0 or more",
+    ):
+        assert part in said
+
+
+def test_a_job_that_can_never_start_is_refused(slurm, patch, monkeypatch):
+    monkeypatch.setattr(preflight, "answers", lambda calls: {"run": preflight.Answer(run_dir="run")})
+    asked = {"nodes": 4, "gpus_per_node": 3, "cpus_per_task": 5, "memory": "1T", "time": "1-0", "partition": "short"}
+    said = refused("train", **asked)
+    for part in (
+        "nodes=4: partition short has 3",
+        "gpus_per_node=3: asks for 3 GPUs; no node of partition short has more than 2",
+        "tasks_per_node=3: asks for 15 cores; no node of partition short has more than 2",
+        "memory=1T: asks for 1048576 MiB; no node of partition short has more than 4000",
+        "time=1-0: partition short allows 00:10:00 at most",
+    ):
+        assert part in said
+    assert "leaves no time to train" in refused("train", time="3")
+    with pytest.raises(ConfigError, match="slurm=refuses: the job could never start"):
+        jobs.submit(SlurmConfig(exclude="n[1-3]"), {}, ["train"])
+
+
+def test_a_machine_without_slurm_is_told(patch, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "slurm=absent: there is no sinfo on this machine" in refused("nothing.of.ours")
+
+
+def test_a_controller_that_does_not_answer_is_told(patch, monkeypatch, tmp_path):
+    (tmp_path / "slurm.conf").write_text("ClusterName=x\nSlurmctldHost=localhost\nSlurmctldPort=1\nMessageTimeout=1\n")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    assert "slurm=absent: sinfo: " in refused("nothing.of.ours")
+
+
+def test_a_command_that_makes_no_run_is_refused(slurm):
+    assert "command='': what follows `--` is a module of ours" in refused()
+    assert "command=tran stage=sft: what follows" in refused("tran", "stage=sft")
+
+
+# The script.
+
+
+@pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
+def test_the_ranks_run_in_the_container_that_is_asked_for(slurm, runtime, tmp_path):
+    asked = Resources(container="image", runtime=runtime, mounts=["/data"], gpus_per_node=2)
+    (tmp_path / "logs").mkdir()
+    script = Batch(asked, 1, [Run(tmp_path, ["train"])], "run", tmp_path / "logs").text()
+    (srun,) = [line for line in script.splitlines() if line.startswith("srun")]
+    mounts = f"{ROOT}:{ROOT},{Path.cwd()}:{Path.cwd()},$1:$1,/data:/data"
+    inside = f'"--bind={mounts}" image' if runtime == "apptainer" else f'"--container-mounts={mounts}"'
+    assert inside in srun and ("apptainer exec --nv" in srun) == (runtime == "apptainer")
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0

@@ -342,8 +342,8 @@ def test_a_model_that_megatron_does_not_have_is_refused_by_name(changes: Any, la
 def config_of(**changes: Any) -> Any:
     """As much of a run's configuration as the engine looks at."""
     settings = Settings(**changes.pop("settings", {}))
-    stage = SimpleNamespace(settings=lambda seed: settings)
-    plain = {"stage": stage, "model": MODEL, "parallel": Layout(), "optim": ADAMW, "seed": 0}
+    stage = SimpleNamespace(settings=lambda seed, guard: settings)
+    plain = {"stage": stage, "model": MODEL, "parallel": Layout(), "optim": ADAMW, "seed": 0, "guard": None}
     plain |= {"dry_run": False, "init_from": ""}
     return SimpleNamespace(**{**plain, **changes})
 

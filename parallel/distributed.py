@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from parallel import launch, rendezvous
 from parallel.launch import DistributedError, Place, RendezvousError, place
+from parallel.standing import RECORDED
 from parallel.watch import PATIENCE_S, Watch
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "World",
     "differences",
     "joined",
+    "keep_stacks",
     "place",
     "reached",
     "start",
@@ -90,12 +93,16 @@ def start(rendezvous_s: float = 300, collective_s: float = 600) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     launch.share_cores(here)
+    limit = timedelta(seconds=collective_s)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED))
+    # For groups that are made later (axes of a mesh, monitor, checkpoints); torch's own is half an hour.
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = limit
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore(_meeting.space, _meeting.store),
         rank=here.rank,
         world_size=here.size,
-        timeout=timedelta(seconds=collective_s),
+        timeout=limit,
         device_id=device if device.type == "cuda" else None,
     )
     _started = World(here.rank, here.size, here.local_rank, here.local_size, device)
@@ -167,6 +174,14 @@ def joined(patience_s: float = PATIENCE_S, **limits: float) -> Iterator[World]:
         raise
     finally:
         stop()
+
+
+def keep_stacks(directory: Path | None) -> None:
+    """Where each rank writes its stacks should the run be lost. Every rank calls it; what rank 0 says counts."""
+    told = [directory]
+    if _watch is not None:
+        dist.broadcast_object_list(told)
+        _watch.stacks = told[0]
 
 
 def reached(step: int) -> None:

@@ -31,7 +31,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from parallel.launch import DistributedError, Place, RendezvousError, is_loopback
-from parallel.watch import spans
+from parallel.verdict import spans
 
 REMIND_S = 30.0
 """Between two lines about who is waited for."""

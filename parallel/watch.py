@@ -6,12 +6,18 @@ out goes under one key, which all look at: the first finding holds.
     it failed                        it says so itself
     killed, suspended, machine lost  its signs stop: for PATIENCE_S, or for SUSPICION_S where a connection broke as well
     it hangs                         its signs go on, but the others ran into the time limit of a collective and it did
-                                     not; it prints where it stands
+                                     not
+    it skipped a collective          all ran into the limit, but not in the same collective
+    it holds the interpreter         its signs stop, but its stack comes from a thread that does not need Python
+
+Then every rank writes where it stands: its stacks into a file, what it waits for to the store, and the first that can
+gather it prints who stands where.
 
 Silence is counted in looks, not in seconds: a rank that was itself suspended accuses nobody when it wakes. A rank that
 is only slow (it compiles, loads, saves) goes on with its signs, which need nothing but a moment of the interpreter.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -21,11 +27,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from pathlib import Path
+from typing import TextIO
 
 import torch.distributed as dist
 
 from conf.errors import LongrunError, LostError
+from parallel.standing import Standing, write_stacks
+from parallel.verdict import HERE, HURT, LEFT, Sign, Verdict, file_of, has_written, judge, table, who
 
 BEAT_S = 1.0
 """Between two signs."""
@@ -36,59 +46,16 @@ SUSPICION_S = 5.0
 GRACE_S = 5.0
 """A rank that knows what happened has so long to end by itself, with its own message."""
 
-HERE, HURT, LEFT = "here", "hurt", "left"
-"""States of a rank: at work; thrown out by a collective that broke or came too late; gone as it should."""
+HELD_S = 20.0
+"""Nothing that is well holds the interpreter for so long."""
+GATHER_S = 3.0
+"""How long the others' standings are waited for."""
 
-VERDICT = "verdict"
+VERDICT, GATHERER = "verdict", "gatherer"
 BROKEN = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|broken pipe|timed? ?out|remote process exited", re.IGNORECASE
 )
 """What the transports say when it is another rank's fault."""
-
-
-class PeerError(LostError):
-    """Another rank died or hangs; the message names it."""
-
-
-class PeerFailedError(LongrunError):
-    """Another rank failed, by an error of its own; the message has its reason. The same command would fail again."""
-
-
-@dataclass(frozen=True)
-class Sign:
-    """The last that a rank has said of itself.
-
-    Args:
-        host: its machine.
-        state: HERE, HURT or LEFT.
-        step: the last step that it has finished.
-        count: number of the sign.
-    """
-
-    host: str = "unknown"
-    state: str = HERE
-    step: int = 0
-    count: int = 0
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whose fault it is.
-
-    Args:
-        ranks: those at fault.
-        text: the message.
-        lost: whether they are gone or hang; else one of them failed.
-    """
-
-    ranks: list[int]
-    text: str
-    lost: bool = True
-
-    @property
-    def error(self) -> LongrunError:
-        """For the other ranks."""
-        return PeerError(self.text) if self.lost else PeerFailedError(self.text)
 
 
 class Watch:
@@ -117,12 +84,17 @@ class Watch:
         self.server, self.serves, self.patience_s = server, serves, patience_s
         self.step = 0
         """The last step that this rank has finished."""
+        self.stacks: Path | None = None
+        """Directory for what each rank stood at when the run was lost; without one, who is at fault prints it."""
         self._host, self._state, self._count = socket.gethostname(), HERE, 0
+        self._standing: Standing | None = None
         self._next = rank
         self._seen = Sign()
         self._silence = 0
         self._survey: tuple[int, dict[int, Sign]] | None = None
         self._verdict: Verdict | None = None
+        self._thrown: BaseException | None = None
+        self._stream: TextIO | None = None
         self._told, self._closing = threading.Event(), threading.Event()
         self._say()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -132,20 +104,21 @@ class Watch:
         """The error that took this rank out of the run, as another rank's fault. None where it is its own, of which the
         others are told; or where nobody is found, after a few times SUSPICION_S."""
         if _broken(error):
-            self._state = HURT
-            self._told.wait(4 * SUSPICION_S)
+            self._standing, self._thrown, self._state = Standing.here(error), error, HURT
+            self._told.wait(4 * SUSPICION_S + 2 * GATHER_S)
             return self._verdict.error if self._verdict else None
         if not isinstance(error, SystemExit):  # another rank's error, which it reports, or none
             said = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            where = _who({self.rank: Sign(self._host)}, self.size)
-            lost = isinstance(error, LostError)
-            self._publish(Verdict([self.rank], f"{where} failed at step {self.step}: {said}", lost))
+            where = who({self.rank: Sign(self._host)}, self.size)
+            kind = "lost" if isinstance(error, LostError) else "failed"
+            self._publish(Verdict([self.rank], f"{where} failed at step {self.step}: {said}", kind))
         return None
 
     def close(self) -> None:
         """Leave the run. The rank that serves the store waits a little for the others, who still look into it."""
         self._closing.set()
         self._thread.join(SUSPICION_S)
+        self._disarm()
         self._state = LEFT
         deadline = time.monotonic() + GRACE_S + 2 * BEAT_S
         try:
@@ -161,14 +134,19 @@ class Watch:
 
     def _run(self) -> None:
         while not self._closing.wait(BEAT_S):
+            self._arm()
             try:
                 self._say()
                 self._verdict = self._published() or self._found()
+                if self._verdict and self._verdict.kind != "failed":
+                    self._write()
+                    self._gather(self._verdict)
             except dist.DistError as error:
                 reason = str(error).splitlines()[0]
                 self._verdict = Verdict(
                     [], f"{self.server} is gone: it does not answer ({reason}). Look at its output."
                 )
+                self._write()
             if self._verdict:
                 self._told.set()
                 if not self._closing.wait(GRACE_S):
@@ -179,18 +157,63 @@ class Watch:
         """The main thread waits in a collective that never comes to its end."""
         sys.stdout.flush()
         print(f"[rank {self.rank}] error: {verdict.text}", file=sys.stderr, flush=True)
-        if self.rank in verdict.ranks:
-            faulthandler.dump_traceback(sys.__stderr__ or 2)
+        if self.rank in verdict.ranks and self.stacks is None:
+            write_stacks(sys.__stderr__ or sys.stderr)
         os._exit(verdict.error.exit_code)
+
+    def _gather(self, verdict: Verdict) -> None:
+        """Write where this rank stands; the first one to come here tells where all do."""
+        self._standing = self._standing or Standing.here()
+        self._say()
+        if self.store.compare_set(GATHERER, "", str(self.rank)).decode() != str(self.rank):
+            return
+        deadline = time.monotonic() + GATHER_S
+        standings: dict[int, Standing] = {}
+        while len(standings) < self.size and time.monotonic() < deadline:
+            time.sleep(BEAT_S / 10)
+            signs = {**self._signs(), self.rank: Sign(standing=self._standing)}
+            standings = {rank: sign.standing for rank, sign in signs.items() if sign.standing}
+        stood = table(standings, self.size)
+        print(f"where the ranks stood:\n{stood}", file=sys.stderr, flush=True)
+        if self.stacks is not None:
+            with contextlib.suppress(OSError):
+                (self.stacks / "ranks.txt").write_text(f"{verdict.text}\n{stood}\n")
+
+    def _write(self) -> None:
+        if self.stacks is not None:
+            with contextlib.suppress(OSError), open(file_of(self.stacks, self.rank), "a") as stream:
+                write_stacks(stream, self._thrown)
+
+    def _arm(self) -> None:
+        """Should something hold the interpreter, so that this thread does not come round, faulthandler's own writes the
+        stacks: that one needs no interpreter."""
+        if self.stacks is None:
+            return
+        if self._stream is None:
+            self.stacks.mkdir(parents=True, exist_ok=True)
+            self._stream = open(file_of(self.stacks, self.rank), "a")  # noqa: SIM115  closed by close()
+        faulthandler.dump_traceback_later(min(HELD_S, self.patience_s / 2), file=self._stream)
+
+    def _disarm(self) -> None:
+        """Leave no empty file behind."""
+        if self._stream is not None and self.stacks is not None:
+            faulthandler.cancel_dump_traceback_later()
+            self._stream.close()
+            if not has_written(self.stacks, self.rank):
+                file_of(self.stacks, self.rank).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    self.stacks.rmdir()
 
     def _say(self) -> None:
         self._count += 1
-        sign = Sign(self._host, self._state, self.step, self._count)
-        self.store.set(str(self.rank), json.dumps(asdict(sign)))
+        self.store.set(str(self.rank), json.dumps(asdict(self._own())))
+
+    def _own(self) -> Sign:
+        return Sign(self._host, self._state, self.step, self._count, self._standing)
 
     def _sign(self, rank: int) -> Sign:
         """The first one may not be there yet."""
-        return Sign(**json.loads(self.store.get(str(rank)))) if self.store.check([str(rank)]) else Sign()
+        return Sign.read(self.store.get(str(rank)).decode()) if self.store.check([str(rank)]) else Sign()
 
     def _signs(self) -> dict[int, Sign]:
         """Of all other ranks."""
@@ -219,45 +242,10 @@ class Watch:
         if (self._count - began) * BEAT_S < SUSPICION_S:
             return None
         self._survey = None
-        found = _judge(before, self._signs(), self.size)
+        found = judge(before, self._signs(), (self.rank, self._own()), self.size, self.stacks)
         if found is None and self._state == HURT:
             self._told.set()
         return self._publish(found) if found else None
-
-
-def _judge(before: dict[int, Sign], now: dict[int, Sign], size: int) -> Verdict | None:
-    """Two looks, SUSPICION_S apart."""
-    present = {rank: sign for rank, sign in now.items() if sign.state != LEFT}
-    silent = {rank: sign for rank, sign in present.items() if sign == before[rank]}
-    left = {rank: sign for rank, sign in now.items() if sign.state == LEFT}
-    waited_for = {rank: sign for rank, sign in present.items() if sign.state == HERE}
-    if silent:
-        fault, what = silent, "is gone: no sign of life since step {}. Was it killed, is its machine up, had it memory?"
-    elif left:
-        fault, what = left, "left the run after step {}, and the others did not."
-    elif waited_for:
-        fault, what = waited_for, "hangs: it lives, but did not come to a collective after step {}."
-    else:
-        return None
-    steps = sorted({sign.step for sign in fault.values()})
-    text = f"{_who(fault, size)} {what.format(' and '.join(map(str, steps)))} Look at the end of its output."
-    return Verdict(sorted(fault), text)
-
-
-def _who(ranks: dict[int, Sign], size: int) -> str:
-    hosts = sorted({sign.host for sign in ranks.values()})
-    return f"rank {spans(ranks)} of {size} (on {', '.join(hosts)})"
-
-
-def spans(ranks: Iterable[int]) -> str:
-    """0, 1, 2, 5 as "0-2, 5"."""
-    found: list[list[int]] = []
-    for rank in sorted(ranks):
-        if found and found[-1][1] == rank - 1:
-            found[-1][1] = rank
-        else:
-            found.append([rank, rank])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
 
 
 def _broken(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ from conf.errors import LongrunError, OccupiedError
 from conf.registry import OPTIONS
 from data_pipeline.artifact import MANIFEST, Artifact, write_atomically
 from parallel import distributed
-from parallel.watch import spans
+from parallel.verdict import spans
 
 if TYPE_CHECKING:
     from train.config import RunConfig

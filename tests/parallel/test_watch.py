@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from parallel import distributed, watch
-from parallel.watch import HERE, HURT, LEFT, PeerError, Sign, Watch, _judge
+from parallel.verdict import HERE, HURT, LEFT, BrokenError, PeerError, Sign, judge
+from parallel.watch import Watch
 from tests.data import tiny_corpus
 from tests.ranks import RanksError, run_ranks
 from tests.train.runs import begin, until
@@ -146,14 +147,14 @@ def test_a_broken_connection_is_seen_through_what_it_led_to(ranks):
     assert isinstance(two.watches[0].blame(error), PeerError)
 
 
-def test_a_broken_connection_that_is_nobodys_fault_keeps_its_error(ranks):
+def test_a_broken_connection_that_is_nobodys_fault_is_told_as_such(ranks):
     two = ranks(2)
     answers: list[PeerError | None] = []
     others = threading.Thread(target=lambda: answers.append(two.watches[1].blame(RuntimeError(CLOSED))))
     others.start()
     answers.append(two.watches[0].blame(RuntimeError(CLOSED)))
     others.join()
-    assert answers == [None, None]
+    assert [type(answer) for answer in answers] == [BrokenError, BrokenError]
 
 
 def test_a_mistake_in_a_collective_is_this_ranks_own_error(ranks):
@@ -171,13 +172,13 @@ def test_a_mistake_in_a_collective_is_this_ranks_own_error(ranks):
         ({0: Sign("a", HURT, 5, 9), 1: Sign("b", HERE, 5, 3)}, "rank 1 of 3 (on b) is gone"),
         ({0: Sign("a", HERE, 5, 9), 1: Sign("b", LEFT, 6, 4)}, "rank 1 of 3 (on b) left the run after step 6"),
         ({0: Sign("a", HURT, 5, 9), 1: Sign("b", HERE, 5, 9)}, "rank 1 of 3 (on b) hangs"),
-        ({0: Sign("a", HURT, 5, 9), 1: Sign("b", HURT, 5, 9)}, ""),
+        ({0: Sign("a", HURT, 5, 9), 1: Sign("b", HURT, 5, 9)}, "a collective broke after step 5, though all 3 ranks"),
     ],
 )
 def test_two_looks_tell_who_is_at_fault(now, expected):
     before = {rank: Sign(sign.host, HERE, 5, 3) for rank, sign in now.items()}
-    verdict = _judge(before, now, 3)
-    assert verdict.text.startswith(expected) if verdict else not expected
+    verdict = judge(before, now, (2, Sign("c", HURT, 5, 9)), 3, None)
+    assert verdict is not None and verdict.text.startswith(expected)
 
 
 def hang_on_rank_1(directory: Path) -> None:

@@ -27,6 +27,9 @@ from train.stages.base import DONE, Stage
 from train.start import Start
 from train.throughput import Clock
 
+STACKS = "stacks"
+"""What each rank was at when an attempt was lost."""
+
 if TYPE_CHECKING:
     from train.config import RunConfig
 
@@ -150,6 +153,7 @@ class Training(Stage):
             with together():
                 if world.rank == 0:
                     lease = stack.enter_context(locked(directory, config.failures.lease_s))
+            distributed.keep_stacks(directory / STACKS / f"{lease.number}" if lease else None)
             with together():
                 start = Start.of(config)
                 done = finished(directory, self.kind, recipe(resolved) | start.foreign, start.inputs)

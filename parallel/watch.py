@@ -36,6 +36,7 @@ import torch.distributed as dist
 from conf.errors import LongrunError, LostError
 from parallel.standing import Standing, write_stacks
 from parallel.verdict import HERE, HURT, LEFT, Sign, Verdict, file_of, has_written, judge, table, who
+from parallel.verdict import spans as spans
 
 BEAT_S = 1.0
 """Between two signs."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from conf.errors import LongrunError, LostError, Problem
 from parallel.checksums import Checksums, Replicas, outvoted
 from parallel.engine import Engine
-from parallel.watch import spans
+from parallel.verdict import spans
 
 T = TypeVar("T")
 

@@ -54,13 +54,13 @@ class StageSpec:
             key: [str(root / path) for path in paths] if isinstance(self.needs[key], list) else str(root / paths[0])
             for key, paths in self._needed()
         }
-        values = dict(_flatten(self.set)) | needs | {"run_dir": str(root / name)}
+        values = dict(flatten(self.set)) | needs | {"run_dir": str(root / name)}
         options = [f"{group}={choice}" for group, choice in self.options.items()]
         return [self.command, *options, *(f"{key}={quoted(value)}" for key, value in values.items())]
 
     def texts(self) -> list[str]:
         """Every text among its values; some are paths."""
-        values = (value if isinstance(value, list) else [value] for _, value in _flatten(self.set))
+        values = (value if isinstance(value, list) else [value] for _, value in flatten(self.set))
         return sorted({text for parts in values for text in parts if isinstance(text, str) and text})
 
     def _needed(self) -> Iterator[tuple[str, list[str]]]:
@@ -137,7 +137,7 @@ class LifecycleConfig:
             found.append(Problem(key, name, "a directory's name in lower case (a-z, 0-9, _ and -), other than 'logs'"))
         if stage.processes < 1:
             found.append(Problem(f"{key}.processes", stage.processes, "1 or more"))
-        if not _importable(stage.command):
+        if not importable(stage.command):
             fix = "a module of ours, for instance data_pipeline, train or tools.report"
             found.append(Problem(f"{key}.command", stage.command, fix))
         for other in stage.inputs():
@@ -145,7 +145,7 @@ class LifecycleConfig:
                 near = difflib.get_close_matches(other, self.stages, n=1)
                 fix = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(self.stages)}"
                 found.append(Problem(f"{key}.needs", other, f"there is no such stage; {fix}"))
-        values = {flat for flat, _ in _flatten(stage.set)}
+        values = {flat for flat, _ in flatten(stage.set)}
         for flat in sorted(values & set(stage.needs)):
             found.append(Problem(f"{key}.set.{flat}", "...", "it is also in `needs`; keep one of them"))
         for keys in (values, set(stage.needs)):
@@ -154,7 +154,7 @@ class LifecycleConfig:
         return found
 
 
-def _importable(module: str) -> bool:
+def importable(module: str) -> bool:
     try:
         spec = importlib.util.find_spec(module)
         return spec is not None and (
@@ -164,10 +164,10 @@ def _importable(module: str) -> bool:
         return False
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

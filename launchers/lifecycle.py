@@ -10,11 +10,8 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from launchers import preflight
 from launchers.base import DONE, LOST, STOPPED_EARLY, Ended, Running
 from launchers.display import Display, Row, duration, headline
 from launchers.graph import LifecycleConfig
+from launchers.interrupts import KILLED, heeded
 from launchers.restarts import CHECKPOINTS, Restarts
 
 discover(launchers)
@@ -36,7 +34,6 @@ ROOMS = ("conf", "data_pipeline", "parallel", "train", "tools")
 BOOK = "lifecycle.json"
 POLL_S = 0.05
 LAST_LINES = 15
-KILLED = 128 + signal.SIGINT
 
 
 class StagesError(LongrunError):
@@ -170,7 +167,7 @@ class Life:
         """Run what is to be run; returns the exit code."""
         began = time.monotonic()
         self.display.table(f"{self.config.name} in {self.root}", self.plan())
-        with self._signals():
+        with heeded(self._interrupted):
             while len(self.rows) < len(self.order):
                 self._start_what_can_be()
                 for name in list(self.running):
@@ -310,24 +307,14 @@ class Life:
             return STOPPED_EARLY if self.stop_requests < 2 else KILLED
         return DONE
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM are passed on to the stages, which write a checkpoint; the second one kills them."""
-
-        def handle(number: int, frame: Any) -> None:
-            self.stop_requests += 1
-            for attempt in self.running.values():
-                if self.stop_requests == 1:
-                    attempt.running.stop()
-                else:
-                    attempt.running.kill()
-
-        earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in earlier.items():
-                signal.signal(number, handler)
+    def _interrupted(self) -> None:
+        """The stages are asked to write a checkpoint; the second time they are killed."""
+        self.stop_requests += 1
+        for attempt in self.running.values():
+            if self.stop_requests == 1:
+                attempt.running.stop()
+            else:
+                attempt.running.kill()
 
 
 def listing(path: Path) -> str:

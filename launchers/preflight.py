@@ -12,12 +12,13 @@ import os
 import runpy
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from unittest import mock
 
 from conf import entry
 from conf.errors import ConfigError, LongrunError
+from conf.registry import OPTIONS
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,12 @@ class Answer:
     Args:
         problem: what its entry point would say to this command line; empty when it would start.
         run_dir: the directory it would write, where it got so far.
+        groups: the configuration groups that there are, where it composes.
     """
 
     problem: str = ""
     run_dir: str = ""
+    groups: list[str] = field(default_factory=list)
 
 
 def check(calls: list[Check]) -> dict[str, str]:
@@ -72,11 +75,16 @@ def _answer(call: Check) -> Answer:
     def compose_only(config_name: str, schema: type, main: Any) -> None:
         """In place of `conf.entry.run`: everything up to the start."""
         from hydra import compose, initialize_config_module
+        from omegaconf import open_dict
 
         try:
             with initialize_config_module("conf", version_base="1.3"):
-                config: Any = entry.typed(compose(config_name, overrides=["hydra/help=default", *overrides]), schema)
-            run_dirs.append(getattr(config, "run_dir", ""))
+                node = compose(config_name, overrides=["hydra/help=default", *overrides], return_hydra_config=True)
+            offered = {group for group, _ in OPTIONS if group}
+            found["groups"] = sorted(offered | set(node.hydra.runtime.choices))  # a list of options is no choice
+            with open_dict(node):
+                del node["hydra"]
+            found["run_dir"] = getattr(entry.typed(node, schema), "run_dir", "")
         except ConfigError as error:
             told = [str(p) for p in error.problems if not any(path in str(p) for path in call.missing)]
             messages.extend(told)
@@ -88,7 +96,7 @@ def _answer(call: Check) -> Answer:
 
     command, *overrides = call.call
     messages: list[str] = []
-    run_dirs: list[str] = []
+    found: dict[str, Any] = {}
     printed = io.StringIO()
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(call.processes)} if call.processes > 1 else {}
     with (
@@ -98,7 +106,7 @@ def _answer(call: Check) -> Answer:
         contextlib.redirect_stderr(printed),
     ):
         runpy.run_module(command, run_name="__main__")
-    return Answer("\n".join(messages), *run_dirs)
+    return Answer("\n".join(messages), **found)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ for tool in (
     importlib.import_module(f"tools.{tool}")
 importlib.import_module("launchers.lifecycle")
 importlib.import_module("launchers.slurm.resources")
+importlib.import_module("launchers.sweep.config")
 importlib.import_module("data_pipeline.config")
 
 

@@ -1,0 +1,1 @@
+"""Which trials are ended early: one file each."""

@@ -70,7 +70,8 @@ import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {"transformers", "datatrove", "datasets", "tokenizers", "safetensors", "wandb", "rich",
-                                  "matplotlib", "tensorboard", "submitit", "psutil", "reasoning_gym", "deepspeed", "optuna"}:
+                                  "matplotlib", "tensorboard", "submitit", "psutil", "reasoning_gym", "deepspeed",
+                                  "optuna"}:
             raise ImportError(f"{name} is not part of the training core")
 sys.meta_path.insert(0, Refuse())
 import train.config

@@ -32,8 +32,8 @@ class Outcome:
         number: from 0, in the order of the proposals.
         params: key -> value.
         state: "done", "pruned", "failed", or "cut": proposed, and not ended.
-        value: the objective; None without one. That of a pruned trial is its last.
-        curve: step -> the objective as it was reported on the way.
+        value: the figure that is compared; None without one. That of a pruned trial is its last.
+        curve: step -> the figure as it was reported on the way.
         steps: the newest step of any line that it wrote.
         seconds: wall time, over its restarts.
         failure: why it failed.
@@ -88,7 +88,7 @@ class Book:
             storage=self._storage,
             study_name=STUDY,
             direction="maximize" if config.maximise else "minimize",
-            pruner=config.stop.pruner(),
+            pruner=config.stopping.pruner(),
             load_if_exists=True,
         )
 

@@ -10,13 +10,13 @@ from omegaconf import MISSING
 
 import launchers
 import launchers.sweep.search
-import launchers.sweep.stop
+import launchers.sweep.stopping
 from conf.errors import Problem
 from conf.registry import discover, register
 from launchers.graph import importable
 from launchers.sweep import best, space
 
-for package in (launchers, launchers.sweep.search, launchers.sweep.stop):
+for package in (launchers, launchers.sweep.search, launchers.sweep.stopping):
     discover(package)
 
 NAME = re.compile(r"[a-z][a-z0-9_-]*")
@@ -35,8 +35,8 @@ class SweepConfig:
             range(start, stop, step), or a list a,b.
         space: further keys -> values to try.
         search: who proposes values.
-        stop: which trials are ended early.
-        objective: a figure of the trial's metrics.jsonl or of its manifest (`shares.data` is one inside another).
+        stopping: which trials are ended early.
+        figure: what is compared: a figure of the trial's metrics.jsonl or of its manifest (`shares.data` is one inside another).
         maximise: whether more of it is better.
         trials: how many are tried; of a grid, the most it may have.
         concurrent: trials that run at the same time.
@@ -54,8 +54,8 @@ class SweepConfig:
     command: list[str] = field(default_factory=list)
     space: Any = None
     search: Any = MISSING
-    stop: Any = MISSING
-    objective: str = "validation_loss"
+    stopping: Any = MISSING
+    figure: str = "validation_loss"
     maximise: bool = False
     trials: int = 20
     concurrent: int = 1
@@ -88,7 +88,7 @@ class SweepConfig:
         found += self._command_problems()
         wrong = space.problems(self.values)
         found += wrong or self.search.problems(space.read(self.values), self.trials)
-        found += self.stop.problems()
+        found += self.stopping.problems()
         found += getattr(self.launcher, "problems", list)()
         return found + best.problems(Path(self.best))
 

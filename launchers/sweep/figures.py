@@ -18,13 +18,13 @@ class Figures:
 
     Args:
         directory: the trial's run directory.
-        objective: the figure's name.
+        figure: its name.
         steps: the newest step of any line.
         names: every figure seen so far.
     """
 
     directory: Path
-    objective: str
+    figure: str
     steps: int = 0
     names: set[str] = field(default_factory=set)
     _file: int = 0
@@ -48,8 +48,8 @@ class Figures:
         for line in map(json.loads, whole.splitlines()):
             self.steps = int(line.get("step", self.steps))
             self.names |= line.keys() - {"step"}
-            if self.objective in line:
-                found.append((self.steps, number(line[self.objective])))
+            if self.figure in line:
+                found.append((self.steps, number(line[self.figure])))
         return found
 
     def final(self, last: float | None) -> float | None:
@@ -61,7 +61,7 @@ class Figures:
         metrics = Artifact.read(self.directory).metrics
         self.names |= metrics.keys()
         value: Any = metrics
-        for part in [self.objective] if self.objective in metrics else self.objective.split("."):
+        for part in [self.figure] if self.figure in metrics else self.figure.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return number(value) if isinstance(value, int | float) else last
 

@@ -26,7 +26,7 @@ def identity(config: SweepConfig) -> dict[str, Any]:
         **{f"space.{key}": values for key, values in config.values.items()},
         "search": repr(config.search),
         "seed": config.seed,
-        "objective": config.objective,
+        "figure": config.figure,
         "maximise": config.maximise,
     }
 
@@ -34,7 +34,7 @@ def identity(config: SweepConfig) -> dict[str, Any]:
 def check_same(root: Path, config: SweepConfig) -> None:
     """Refuse to go on with another sweep.
 
-    The objective may be another one as long as no trial has reported it: then the journal is begun anew, in which the
+    The figure may be another one as long as no trial has reported it: then the journal is begun anew, in which the
     same values will be proposed for the same directories.
 
     Raises:
@@ -48,7 +48,7 @@ def check_same(root: Path, config: SweepConfig) -> None:
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if not differing:
         return
-    if {"objective", "maximise"}.issuperset(differing) and all(trial["value"] is None for trial in stored["trials"]):
+    if {"figure", "maximise"}.issuperset(differing) and all(trial["value"] is None for trial in stored["trials"]):
         (root / JOURNAL).unlink(missing_ok=True)
     else:
         absent = "absent"
@@ -66,8 +66,8 @@ def write(root: Path, config: SweepConfig, book: Book) -> None:
     content = {
         "name": config.name,
         "identity": identity(config),
-        "stop": repr(config.stop),
-        "objective": config.objective,
+        "stopping": repr(config.stopping),
+        "figure": config.figure,
         "maximise": config.maximise,
         "logarithmic": [key for key, values in book.space.items() if values.log],
         "best": leader.number if leader else None,
@@ -78,7 +78,7 @@ def write(root: Path, config: SweepConfig, book: Book) -> None:
     write_atomically(root / FILE, json.dumps(content, indent=1, default=str) + "\n")
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["trial", *book.space, config.objective, "state", "steps", "seconds", "failure"])
+    table.writerow(["trial", *book.space, config.figure, "state", "steps", "seconds", "failure"])
     for outcome in outcomes:
         values = [outcome.params.get(key) for key in book.space]
         table.writerow(
@@ -105,7 +105,7 @@ def show(display: Display, config: SweepConfig, book: Book) -> None:
 
     outcomes = book.outcomes()
     table = Table(title=f"{config.name} in {config.root}", title_justify="left", title_style="bold", box=None)
-    for name in ("trial", *book.space, config.objective):
+    for name in ("trial", *book.space, config.figure):
         table.add_column(name, justify="right")
     for name in ("state", "steps", "time", ""):
         table.add_column(name, justify="left" if name == "state" else "right")
@@ -127,15 +127,15 @@ def show(display: Display, config: SweepConfig, book: Book) -> None:
         shares = ", ".join(f"{key} {share:.0%}" for key, share in importance.items())
         display.say(f"What made the difference: {shares}", style="")
     finished = [outcome for outcome in outcomes if outcome.state == "done"]
-    if repr(config.stop) != "Never()" and finished and all(len(outcome.curve) < 2 for outcome in finished):
+    if repr(config.stopping) != "Never()" and finished and all(len(outcome.curve) < 2 for outcome in finished):
         display.say(
-            f"No trial reported {config.objective} before its end, so none could be ended early: let them report it "
+            f"No trial reported {config.figure} before its end, so none could be ended early: let them report it "
             "more often, as with stage.validate_every.",
             style="yellow",
         )
     if (leader := book.best()) is not None:
         best = Path(config.best)
-        display.say(f"The best is trial {leader.number:03d}, {config.objective} {shown(leader.value)}", style="green")
+        display.say(f"The best is trial {leader.number:03d}, {config.figure} {shown(leader.value)}", style="green")
         if best.exists():
             display.say(f"python -m train --config-dir {best.parent.parent} experiment={best.stem}", style="bold cyan")
 

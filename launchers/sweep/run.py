@@ -117,7 +117,7 @@ class Sweep:
 
         Raises:
             OccupiedError: the directory holds another sweep.
-            SweepError: a configuration would be refused, too many trials failed, or none has the objective.
+            SweepError: a configuration would be refused, too many trials failed, or none has the figure that is compared.
         """
         self.check()
         record.check_same(self.root, self.config)
@@ -155,7 +155,7 @@ class Sweep:
         self.book.failed(trial, "")
         log = self.root / "logs" / f"{trial.number:03d}.log"
         log.parent.mkdir(exist_ok=True)
-        figures = Figures(self.directory(trial.number), self.config.objective)
+        figures = Figures(self.directory(trial.number), self.config.figure)
         attempt = Attempt(trial, figures, log, earlier.seconds, set(earlier.curve))
         self.running[trial.number] = attempt
         again = ", again" if self.directory(trial.number).exists() else ""
@@ -219,12 +219,12 @@ class Sweep:
             return self._failed(attempt, f"it exited with 0, but {error}")
         if value is None:
             names = sorted(attempt.figures.names)
-            near = difflib.get_close_matches(self.config.objective, names, n=3)
+            near = difflib.get_close_matches(self.config.figure, names, n=3)
             fix = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names) or 'none'}."
-            self.fatal = f"trial {attempt.trial.number} has no figure {self.config.objective!r}, nor will others: {fix}"
+            self.fatal = f"trial {attempt.trial.number} has no figure {self.config.figure!r}, nor will others: {fix}"
             return self._failed(attempt, self.fatal)
         if value != value:
-            return self._failed(attempt, f"its {self.config.objective} is not a number")
+            return self._failed(attempt, f"its {self.config.figure} is not a number")
         self.book.finish(attempt.trial, value)
         first = (leader := self.book.best()) is not None and leader.number == attempt.trial.number
         self._say(attempt.trial, f"is done with {self._shown(value)}{', the best so far' if first else ''}", "green")
@@ -257,7 +257,7 @@ class Sweep:
             self.display.say("Stopped on request. The same command goes on from here.", style="yellow")
             return STOPPED_EARLY if self.stop_requests < 2 else KILLED
         if self.fatal:
-            raise SweepError(f"{self.fatal}\nGive another `objective`; the trials that there are stand.")
+            raise SweepError(f"{self.fatal}\nGive the name of another `figure`; the trials that there are stand.")
         if self.failures >= self.config.max_failures:
             raise SweepError(
                 f"{self.failures} trials failed; max_failures={self.config.max_failures} bears no more. Their logs are "
@@ -269,7 +269,7 @@ class Sweep:
         self.display.say(f"{trial.number:03d} {text}", style=style)
 
     def _shown(self, value: float | None) -> str:
-        return f"{self.config.objective} {record.shown(value)}"
+        return f"{self.config.figure} {record.shown(value)}"
 
     def _interrupted(self) -> None:
         """The trials are asked to write a checkpoint; the second time they are killed."""

@@ -19,9 +19,9 @@ from launchers.sweep.run import Sweep, SweepError
 from launchers.sweep.search.grid import Grid
 from launchers.sweep.search.random import Random
 from launchers.sweep.search.tpe import TPE
-from launchers.sweep.stop.halving import Halving
-from launchers.sweep.stop.median import Median
-from launchers.sweep.stop.none import Never
+from launchers.sweep.stopping.halving import Halving
+from launchers.sweep.stopping.median import Median
+from launchers.sweep.stopping.none import Never
 from tests.launchers.scripted import STEPS, Scripted, Trial, loss
 
 BOWL = ("lr=log(1e-4,1)", "decay=0,0.1")
@@ -38,7 +38,7 @@ def sweep(tmp_path, monkeypatch):
 
     def start(*settings: str, launcher=None, **options):
         root = tmp_path / options.get("name", "sweep")
-        options = {"search": Random(), "stop": Never(), "trials": 6, **options}
+        options = {"search": Random(), "stopping": Never(), "trials": 6, **options}
         command = ["launchers.sweep", *(settings or BOWL)]
         best = str(root / "experiment" / "best.yaml")
         config = SweepConfig(root=str(root), command=command, launcher=launcher or Scripted(), best=best, **options)
@@ -90,7 +90,7 @@ def test_the_proposals_of_the_estimator_come_closer_than_its_random_start(sweep)
 
 
 def test_table_and_record_go_from_the_best_to_the_worst(sweep):
-    code, record, shown = sweep(stop=Median(startup=2))
+    code, record, shown = sweep(stopping=Median(startup=2))
     assert code == 0
     done = [trial["value"] for trial in record["trials"] if trial["state"] == "done"]
     assert done == sorted(done) and record["best"] == record["trials"][0]["number"]
@@ -109,7 +109,7 @@ def test_more_is_better_where_that_is_asked_for(sweep):
 
 
 def test_a_trial_worse_than_the_median_is_ended_at_that_step_and_no_other_is(sweep):
-    record = sweep(stop=Median(startup=2, first=2), trials=12)[1]
+    record = sweep(stopping=Median(startup=2, first=2), trials=12)[1]
     trials = sorted(record["trials"], key=lambda trial: trial["number"])
     finished: list[dict] = []
     for trial in trials:
@@ -132,13 +132,13 @@ def test_a_trial_worse_than_the_median_is_ended_at_that_step_and_no_other_is(swe
 
 
 def test_halving_lets_one_in_so_many_of_those_that_came_to_a_step_go_on(sweep):
-    record = sweep(stop=Halving(first=2, keep_one_in=2), trials=12)[1]
+    record = sweep(stopping=Halving(first=2, keep_one_in=2), trials=12)[1]
     last = [max(map(int, trial["curve"])) for trial in record["trials"]]
     assert set(last) <= {2, 4, 8} and last.count(8) <= 6 and 2 in last
 
 
 def test_a_sweep_that_was_killed_ends_as_one_that_was_not(sweep, monkeypatch):
-    options = {"search": TPE(startup=2), "stop": Median(startup=2), "trials": 8}
+    options = {"search": TPE(startup=2), "stopping": Median(startup=2), "trials": 8}
     undisturbed = sweep(name="undisturbed", **options)[1]
     poll, looks = Trial.poll, 0
 
@@ -241,24 +241,24 @@ def test_a_figure_that_is_not_a_number_fails_the_trial_and_is_no_best(sweep):
 
 @pytest.mark.filterwarnings("error")
 def test_a_diverged_trial_is_ended_by_the_median(sweep):
-    record = sweep(*BOWL, "behaviour=well,diverges", search=Grid(points=2), trials=8, stop=Median(startup=1))[1]
+    record = sweep(*BOWL, "behaviour=well,diverges", search=Grid(points=2), trials=8, stopping=Median(startup=1))[1]
     diverged = [trial for trial in record["trials"] if trial["params"]["behaviour"] == "diverges"]
     assert {trial["state"] for trial in diverged} == {"pruned"} and {trial["value"] for trial in diverged} == {None}
 
 
-def test_an_objective_that_no_trial_has_ends_the_sweep_at_once_and_can_then_be_mended(sweep):
+def test_a_figure_that_no_trial_has_ends_the_sweep_at_once_and_can_then_be_mended(sweep):
     launcher = Scripted()
     with pytest.raises(SweepError, match=r"no figure 'validation_los'.*did you mean validation_loss"):
-        sweep(objective="validation_los", launcher=launcher)
+        sweep(figure="validation_los", launcher=launcher)
     assert len(launcher.started) == 1
-    code, record, _ = sweep(objective="validation_loss", launcher=launcher)
+    code, record, _ = sweep(figure="validation_loss", launcher=launcher)
     assert code == 0 and len(params(record)) == 6
-    with pytest.raises(OccupiedError, match="objective"):
-        sweep(objective="loss")
+    with pytest.raises(OccupiedError, match="figure"):
+        sweep(figure="loss")
 
 
-def test_the_objective_may_be_inside_another_figure_of_the_manifest(sweep):
-    _, record, shown = sweep(objective="shares.data", trials=2, stop=Median())
+def test_the_figure_may_be_inside_another_of_the_manifest(sweep):
+    _, record, shown = sweep(figure="shares.data", trials=2, stopping=Median())
     assert {trial["value"] for trial in record["trials"]} == {0.25}
     assert "before its end, so none could be ended early" in shown
 

@@ -21,7 +21,7 @@ from launchers.sweep.__main__ import with_command
 from launchers.sweep.config import SweepConfig
 from launchers.sweep.run import Sweep
 from launchers.sweep.search.grid import Grid
-from launchers.sweep.stop.median import Median
+from launchers.sweep.stopping.median import Median
 from tests.data import tiny_corpus
 from tests.train import runs
 from train.__main__ import main as train_main
@@ -68,7 +68,7 @@ def swept(tmp_path_factory):
     command = ["train", f"data.path={corpus}", *runs.SETTINGS, "schedule=constant", "logger=[console,jsonl]"]
     command += ["stage.steps=20", "stage.validate_every=5", "optim.lr=0.01,0.003,0.000001", "name='${stage.kind} it'"]
     root = here / "sweep"
-    options = {"search": Grid(), "stop": Median(startup=2), "best": str(root / "experiment" / "found.yaml")}
+    options = {"search": Grid(), "stopping": Median(startup=2), "best": str(root / "experiment" / "found.yaml")}
     config = SweepConfig(root=str(root), command=command, launcher=Forked(here), **options)
     assert config.problems() == []
     with pytest.MonkeyPatch.context() as patch, locked(root):
@@ -81,7 +81,7 @@ def swept(tmp_path_factory):
     return root, json.loads((root / "sweep.json").read_text())
 
 
-def test_the_objective_is_what_the_manifest_says(swept):
+def test_what_is_compared_is_what_the_manifest_says(swept):
     root, record = swept
     done = [trial for trial in record["trials"] if trial["state"] == "done"]
     assert {trial["number"] for trial in done} == {0, 1}
@@ -173,7 +173,7 @@ def test_a_value_out_of_range_at_a_corner_of_the_space_is_told(cli):
         (["--", "train", "~eval", "optim.lr=1,2"], "an experiment cannot take a key away"),
         (["space={optim.lr: [1, 2]}", "--", "train", "optim.lr=3"], "the command sets it too"),
         (["best=conf/experiment/demo.yaml", "--", "train", "optim.lr=1,2"], "this one would be written over"),
-        (["stop=median", "stop.startup=0", "--", "train", "optim.lr=1,2"], "stop.startup=0"),
+        (["stopping=median", "stopping.startup=0", "--", "train", "optim.lr=1,2"], "stopping.startup=0"),
         (["search=tpee", "--", "train", "optim.lr=1,2"], "search/tpee"),
     ],
 )

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class Stop:
-    """Subclasses are frozen dataclasses registered with `@register("stop", name)`."""
+    """Subclasses are frozen dataclasses registered with `@register("stopping", name)`."""
 
     def problems(self) -> list[Problem]:
         return []

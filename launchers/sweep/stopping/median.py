@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 from conf.errors import Problem
 from conf.registry import register
-from launchers.sweep.stop.base import Stop
+from launchers.sweep.stopping.base import Stop
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
 
 
-@register("stop", "median")
+@register("stopping", "median")
 @dataclass(frozen=True)
 class Median(Stop):
     """End a trial whose best value so far is worse than the median of what the finished ones had reported at that step.
@@ -27,9 +27,9 @@ class Median(Stop):
     def problems(self) -> list[Problem]:
         found = []
         if self.startup < 1:
-            found.append(Problem("stop.startup", self.startup, "1 or more; 5 is usual"))
+            found.append(Problem("stopping.startup", self.startup, "1 or more; 5 is usual"))
         if self.first < 0:
-            found.append(Problem("stop.first", self.first, "a step, 0 or more"))
+            found.append(Problem("stopping.first", self.first, "a step, 0 or more"))
         return found
 
     def pruner(self) -> "BasePruner":

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from conf.registry import register
-from launchers.sweep.stop.base import Stop
+from launchers.sweep.stopping.base import Stop
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
 
 
-@register("stop", "none")
+@register("stopping", "none")
 @dataclass(frozen=True)
 class Never(Stop):
     """End no trial early."""

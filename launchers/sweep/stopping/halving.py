@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 from conf.errors import Problem
 from conf.registry import register
-from launchers.sweep.stop.base import Stop
+from launchers.sweep.stopping.base import Stop
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
 
 
-@register("stop", "halving")
+@register("stopping", "halving")
 @dataclass(frozen=True)
 class Halving(Stop):
     """Compare at step `first`, then at steps `keep_one_in` times as far: of the trials that have come to such a step,
@@ -28,9 +28,9 @@ class Halving(Stop):
     def problems(self) -> list[Problem]:
         found = []
         if self.first < 1:
-            found.append(Problem("stop.first", self.first, "a step, 1 or more"))
+            found.append(Problem("stopping.first", self.first, "a step, 1 or more"))
         if self.keep_one_in < 2:
-            found.append(Problem("stop.keep_one_in", self.keep_one_in, "2 (halving) or more; 3 is usual"))
+            found.append(Problem("stopping.keep_one_in", self.keep_one_in, "2 (halving) or more; 3 is usual"))
         return found
 
     def pruner(self) -> "BasePruner":

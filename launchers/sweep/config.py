@@ -36,14 +36,16 @@ class SweepConfig:
         space: further keys -> values to try.
         search: who proposes values.
         stopping: which trials are ended early.
-        figure: what is compared: a figure of the trial's metrics.jsonl or of its manifest (`shares.data` is one inside another).
+        figure: what is compared: a figure of the trial's metrics.jsonl or of its manifest (`shares.data` is one inside
+            another).
         maximise: whether more of it is better.
         trials: how many are tried; of a grid, the most it may have.
         concurrent: trials that run at the same time.
         processes: ranks of each trial.
         launcher: who starts processes.
         max_failures: trials that may fail until the sweep is given up; at least 1.
-        restarts: times a trial is started again after it stopped early with a checkpoint (exit code 75).
+        restarts: times in a row that a trial is started again after it stopped early (exit code 75) or was lost (76),
+            without a new checkpoint in between.
         seed: of the proposals.
         best: the experiment file that is written; made anew when a better trial ends.
         dry_run: check everything and show the trials so far, without running any.
@@ -62,7 +64,7 @@ class SweepConfig:
     processes: int = 1
     launcher: Any = MISSING
     max_failures: int = 5
-    restarts: int = 10
+    restarts: int = 3
     seed: int = 0
     best: str = "${root}/experiment/${name}_best.yaml"
     dry_run: bool = False

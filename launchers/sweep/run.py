@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from conf import secrets
 from conf.errors import LongrunError
 from data_pipeline.artifact import ArtifactError
 from launchers import preflight
-from launchers.base import DONE, STOPPED_EARLY, Ended, Running
+from launchers.base import DONE, LOST, STOPPED_EARLY, Ended, Running
 from launchers.display import Display
 from launchers.interrupts import KILLED, heeded
+from launchers.restarts import CHECKPOINTS, Restarts
 from launchers.sweep import best, record
 from launchers.sweep.book import Book
 from launchers.sweep.config import SweepConfig
@@ -52,9 +54,9 @@ class Attempt:
     log: Path
     earlier_s: float
     reported: set[int]
+    restarts: Restarts
     running: Running = field(init=False)
     started_s: float = field(default_factory=time.monotonic)
-    restarts: int = 0
     noted_s: float = 0.0
     ending: bool = False
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
@@ -74,6 +76,7 @@ class Sweep:
         self.trials = config.search.trials(self.space, config.trials)
         self.book: Book
         self.display = Display([])
+        self.redacted = secrets.redactor()
         self.groups: list[str] = []
         self.running: dict[int, Attempt] = {}
         self.stop_requests = 0
@@ -97,7 +100,7 @@ class Sweep:
         """
         asked = list(corners(self.space))
         calls = [preflight.Check(" ".join(settings(p)), self.call(0, p), self.config.processes, []) for p in asked]
-        answers = preflight.ask(calls)
+        answers = preflight.answers(calls)
         wrong: dict[str, list[str]] = {}
         for values, answer in answers.items():
             if answer.problem:
@@ -117,7 +120,7 @@ class Sweep:
 
         Raises:
             OccupiedError: the directory holds another sweep.
-            SweepError: a configuration would be refused, too many trials failed, or none has the figure that is compared.
+            SweepError: a configuration would be refused, too many trials failed, or none has the figure.
         """
         self.check()
         record.check_same(self.root, self.config)
@@ -156,7 +159,8 @@ class Sweep:
         log = self.root / "logs" / f"{trial.number:03d}.log"
         log.parent.mkdir(exist_ok=True)
         figures = Figures(self.directory(trial.number), self.config.figure)
-        attempt = Attempt(trial, figures, log, earlier.seconds, set(earlier.curve))
+        restarts = Restarts(self.directory(trial.number) / CHECKPOINTS, self.config.restarts)
+        attempt = Attempt(trial, figures, log, earlier.seconds, set(earlier.curve), restarts)
         self.running[trial.number] = attempt
         again = ", again" if self.directory(trial.number).exists() else ""
         self._say(trial, f"starts{again}: {' '.join(settings(trial.params))}", style="bold cyan")
@@ -168,6 +172,7 @@ class Sweep:
             log.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(['python', '-m', *call])}\n")
 
         def output(rank: int, line: str) -> None:
+            line = self.redacted(line)
             attempt.last_lines.append(line)
             with self.display.lock, open(attempt.log, "a") as log:
                 log.write(line + "\n" if rank == 0 else f"[{rank}] {line}\n")
@@ -195,10 +200,10 @@ class Sweep:
             self._say(attempt.trial, f"falls behind at step {step} with {self._shown(value)}: it ends here", "yellow")
 
     def _ended(self, attempt: Attempt, ended: Ended) -> None:
-        again = ended.code == STOPPED_EARLY and not attempt.ending and not self._over()
-        if again and attempt.restarts < self.config.restarts:
-            attempt.restarts += 1
-            self._say(attempt.trial, f"stopped early with a checkpoint; start {attempt.restarts + 1}", style="yellow")
+        again = ended.code in (STOPPED_EARLY, LOST) and not attempt.ending and not self._over()
+        if again and attempt.restarts.another():
+            why = "stopped early with a checkpoint" if ended.code == STOPPED_EARLY else f"was lost: {ended.reason}"
+            self._say(attempt.trial, f"{why}; start {attempt.restarts.count + 1}", style="yellow")
             self._launch(attempt)
             return
         del self.running[attempt.trial.number]
@@ -207,8 +212,10 @@ class Sweep:
             self.book.prune(attempt.trial)
         elif ended.code == DONE:
             self._finished(attempt)
-        elif not self._over() or ended.code not in (STOPPED_EARLY, KILLED):
-            self._failed(attempt, ended.reason or f"it stopped early {attempt.restarts + 1} times; see restarts")
+        elif again:
+            self._failed(attempt, f"{ended.reason or 'it stopped early'} ({attempt.restarts.starts}; see restarts)")
+        elif ended.code not in (STOPPED_EARLY, LOST):
+            self._failed(attempt, ended.reason)
         record.write(self.root, self.config, self.book)
 
     def _finished(self, attempt: Attempt) -> None:

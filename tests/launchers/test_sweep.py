@@ -34,7 +34,9 @@ def sweep(tmp_path, monkeypatch):
     for costly in ("code_commit", "package_versions"):
         monkeypatch.setattr(artifact, costly, lambda: "not asked")
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(preflight, "ask", lambda calls: {c.stage: preflight.Answer("", ["experiment"]) for c in calls})
+    monkeypatch.setattr(
+        preflight, "answers", lambda calls: {c.stage: preflight.Answer(groups=["experiment"]) for c in calls}
+    )
 
     def start(*settings: str, launcher=None, **options):
         root = tmp_path / options.get("name", "sweep")
@@ -286,9 +288,9 @@ def test_what_separates_good_from_bad_is_told_once_there_are_enough_trials(sweep
 
 def test_values_that_the_command_refuses_are_told_before_the_first_trial_once_for_each_problem(sweep, monkeypatch):
     def refuse(calls):
-        return {c.stage: preflight.Answer("lr=1.0: too much" if "lr=1.0" in c.stage else "", []) for c in calls}
+        return {c.stage: preflight.Answer("lr=1.0: too much" if "lr=1.0" in c.stage else "") for c in calls}
 
-    monkeypatch.setattr(preflight, "ask", refuse)
+    monkeypatch.setattr(preflight, "answers", refuse)
     launcher = Scripted()
     with pytest.raises(SweepError, match=r"with lr=1\.0 decay=0 and 1 more:\n  lr=1\.0: too much") as told:
         sweep(launcher=launcher)

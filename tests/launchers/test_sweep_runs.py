@@ -73,7 +73,7 @@ def swept(tmp_path_factory):
     assert config.problems() == []
     with pytest.MonkeyPatch.context() as patch, locked(root):
         patch.setattr(run, "POLL_S", 0.02)
-        patch.setattr(preflight, "ask", answered_here)
+        patch.setattr(preflight, "answers", answered_here)
         sweep = Sweep(config)
         sweep.display.console = Console(file=io.StringIO(), width=200)
         code = sweep.run()
@@ -119,7 +119,7 @@ def cli(monkeypatch, capsys, tmp_path):
     """`python -m launchers.sweep ...`, dry, in this process; returns exit code and everything said."""
     from launchers.sweep.__main__ import main
 
-    monkeypatch.setattr(preflight, "ask", answered_here)
+    monkeypatch.setattr(preflight, "answers", answered_here)
 
     def start(*arguments: str):
         given = [f"root={tmp_path}/sweep", "dry_run=true", *arguments]

@@ -39,10 +39,11 @@ test: setup-dev ## the quick lane: unit tests, oracles, parity, one run end to e
 test-full: setup-dev ## everything that this machine can run
 	$(RUN) pytest
 
-lint: setup-dev ## ruff and mypy
+lint: setup-dev ## ruff, mypy, known vulnerabilities of dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(RUN) tools.audit
 
 bench: setup-dev ## throughput, checkpoint cost, bytes sent, engines side by side
 	$(RUN) tools.bench bench=throughput

@@ -19,6 +19,7 @@ from train.config import RunConfig
 CONF = Path(entry.__file__).parent
 for tool in (
     "annotate",
+    "audit",
     "bench",
     "chat",
     "goodput",

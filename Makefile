@@ -43,7 +43,7 @@ lint: setup-dev ## ruff, mypy, known vulnerabilities of dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(RUN) tools.audit
+	$(RUN) tools.dependencies
 
 bench: setup-dev ## throughput, checkpoint cost, bytes sent, engines side by side
 	$(RUN) tools.bench bench=throughput

@@ -309,12 +309,24 @@ def _json(value: Seat | Word) -> str:
     return json.dumps(asdict(value))
 
 
+def _listening(address: str, port: int) -> dist.TCPStore:
+    """A store that nobody elsewhere reaches where all ranks are on this machine; torch's own socket listens to all."""
+    if not is_loopback(address):
+        return dist.TCPStore(address, port, is_master=True, wait_for_workers=False)
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((address, port))
+        listening.listen()
+        descriptor = listening.detach()
+    return dist.TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
+
+
 def _serve(here: Place, seat: Seat) -> dist.TCPStore:
     """Rank 0's store, on the first port that is free."""
     for port in here.ports:
         try:
-            store = dist.TCPStore(here.address, port, is_master=True, wait_for_workers=False)
-        except dist.DistError as error:
+            store = _listening(here.address, port)
+        except (dist.DistError, OSError) as error:
             if "EADDRINUSE" not in str(error) and "address already in use" not in str(error).lower():
                 raise DistributedError(
                     f"rank 0 cannot serve the rendezvous at {here.address}:{port}: {error}"

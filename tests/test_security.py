@@ -1,10 +1,13 @@
 """What no linter sees: nothing that can run code is read, and nothing listens to all."""
 
 import ast
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from parallel import rendezvous
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("conf", "data_pipeline", "parallel", "train", "launchers", "tools")
@@ -57,6 +60,26 @@ def found(source: str) -> Iterator[str]:
             yield where
         if given.get("shell", False) is not False or called in ("os.system", "os.popen", "eval", "exec"):
             yield f"{where} asks a shell or runs text"
+
+
+def listening(port: int) -> set[str]:
+    """The addresses, in hexadecimal, at which somebody listens on a port."""
+    lines = [
+        line.split() for file in ("tcp", "tcp6") for line in Path(f"/proc/net/{file}").read_text().splitlines()[1:]
+    ]
+    return {line[1].split(":")[0] for line in lines if line[3] == "0A" and int(line[1].split(":")[1], 16) == port}
+
+
+def test_the_ranks_of_one_machine_meet_where_nobody_else_reaches_them():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    store = rendezvous._listening("127.0.0.1", port)
+    assert listening(port) == {"0100007F"}
+    with pytest.raises(OSError, match="already in use"):
+        rendezvous._listening("127.0.0.1", port)
+    store.set("a", "b")
+    assert store.get("a") == b"b"
 
 
 def test_nothing_that_can_run_code_is_read_and_nothing_listens_to_all():

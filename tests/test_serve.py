@@ -111,6 +111,26 @@ def test_an_installation_that_fails_shows_the_end_of_its_output():
         vllm_environment._run([sys.executable, "-c", "import sys; sys.exit('no network')"], "install x")
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "example.org"])
+def test_other_machines_are_let_in_only_where_that_is_asked_for(host):
+    (problem,) = ServeConfig(host=host).problems()
+    assert problem.key == "host" and "exposed=true" in problem.fix
+    assert ServeConfig(host=host, exposed=True).problems() == ServeConfig().problems() == []
+
+
+def test_a_key_is_made_that_only_its_owner_reads_and_none_that_can_be_guessed_is_taken(tmp_path, monkeypatch):
+    monkeypatch.delenv(api_key.VARIABLE, raising=False)
+    made = api_key.read_or_make(tmp_path)
+    assert made == api_key.read_or_make(tmp_path) and len(made.value) >= 32 and made.value not in repr(made)
+    assert (tmp_path / api_key.FILE).stat().st_mode & 0o777 == 0o600
+    (tmp_path / api_key.FILE).chmod(0o640)
+    with pytest.raises(LongrunError, match="others may read"):
+        api_key.read_or_make(tmp_path)
+    monkeypatch.setenv(api_key.VARIABLE, "letmein")
+    with pytest.raises(LongrunError, match="has 7 characters; expected 16 or more"):
+        api_key.read_or_make(tmp_path)
+
+
 def test_the_key_is_not_on_the_command_line_and_our_packages_are_not_on_the_path(life, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/ours")
     environment = VllmEnvironment(Path("/venv"), "cpu", (), {})

@@ -10,6 +10,8 @@ from conf.errors import LongrunError
 VARIABLE = "LONGRUN_API_KEY"
 FILE = "api-key"
 OWNER_ONLY = 0o600
+LEAST_LENGTH = 16
+"""Characters of a key that a server asks for; `openssl rand -base64 32` makes one of 44."""
 
 
 class ApiKeyError(LongrunError):
@@ -57,8 +59,17 @@ def read(file: str | Path) -> ApiKey:
 
 
 def read_or_make(directory: Path) -> ApiKey:
-    """The key of the environment, else that of the directory, made if need be."""
+    """The key of the environment, else that of the directory, made if need be.
+
+    Raises:
+        ApiKeyError: it is so short that it can be guessed, or its file cannot be used.
+    """
     if given := from_environment():
+        if len(given.value) < LEAST_LENGTH:
+            raise ApiKeyError(
+                f"{VARIABLE} has {len(given.value)} characters; expected {LEAST_LENGTH} or more, such as "
+                "`openssl rand -base64 32` prints. Unset it, and a key is made."
+            )
         return given
     file = directory / FILE
     if not file.exists():

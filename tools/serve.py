@@ -26,6 +26,7 @@ from tools.api_key import ApiKey, read_or_make
 from tools.vllm_environment import VllmEnvironment
 
 LOG = "serve.log"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 POLL_S = 0.2
 GRACE_S = 30.0
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -47,7 +48,9 @@ class ServeConfig:
         target: directory of the export.
         verification: verification artifact of this export; empty looks among the export's neighbours.
         unverified: serve although there is no verification.
-        host: address to listen on; anything but 127.0.0.1 lets other machines in.
+        host: address to listen on.
+        exposed: let other machines in, where `host` is not of this one alone; the key and all that is said then cross
+            the network in the clear, unless a proxy with TLS stands before it.
         port: TCP port.
         name: what clients call the model.
         dtype: of the computation, "auto": that of the weights on a GPU, float32 on a CPU.
@@ -61,6 +64,7 @@ class ServeConfig:
     verification: str = ""
     unverified: bool = False
     host: str = "127.0.0.1"
+    exposed: bool = False
     port: int = 8000
     name: str = "longrun"
     dtype: str = "auto"
@@ -72,6 +76,9 @@ class ServeConfig:
     def problems(self) -> list[Problem]:
         """Values outside their range."""
         found = []
+        if not self.exposed and self.host not in LOOPBACK:
+            fix = f"one of {', '.join(LOOPBACK)}; to let other machines in, put a proxy with TLS before it, or set "
+            found.append(Problem("host", self.host, fix + "exposed=true where their network is trusted"))
         if not 0 < self.port < 65536:
             found.append(Problem("port", self.port, "a TCP port, 1 to 65535"))
         if self.kv_cache_gb < 1:

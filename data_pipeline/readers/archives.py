@@ -25,6 +25,12 @@ LARGEST_RATIO = 200
 """What an archive may unpack to, as a multiple of its size; text packs to a tenth."""
 LEAST_ALLOWED = 2**30
 """Bytes that any archive may unpack to."""
+LARGEST_HEADER = 2**20
+"""Bytes of a name, or of what else is told of a tar member before it; the library reads them at once."""
+HEADERS = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
 LONGEST_END = 2**16 + 22
 """Bytes of the record, with its comment, that ends a zip archive."""
 MANY = 2**16 - 1
@@ -65,6 +71,11 @@ class Member:
         return ".." in parts or PurePosixPath(self.path).is_absolute() or bool(PureWindowsPath(self.path).anchor)
 
 
+def allowance(archive: Path) -> int:
+    """Bytes that an archive may unpack to."""
+    return max(LEAST_ALLOWED, LARGEST_RATIO * archive.stat().st_size)
+
+
 def members(archive: Path) -> Iterator[Member]:
     """The regular files in a zip or tar archive.
 
@@ -92,8 +103,19 @@ def zip_members(archive: Path) -> Iterator[Member]:
             raise zipfile.BadZipFile(f"it should hold {stated} files, and {len(found)} can be found")
 
 
+class BoundedInfo(tarfile.TarInfo):
+    """A header of a tar archive; names and attributes that would fill the memory are damage."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> "BoundedInfo":
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in HEADERS and info.size > LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {info.size:,} bytes; at most {LARGEST_HEADER:,}")
+        return info
+
+
 def tar_members(archive: Path) -> Iterator[Member]:
-    with tarfile.open(archive) as opened:
+    with tarfile.open(archive, tarinfo=BoundedInfo) as opened:
         for info in opened:
             if info.isfile():
                 stream = opened.extractfile(info)
@@ -126,7 +148,7 @@ class ArchiveReader(FileReader):
         self.below = below
 
     def documents(self, file: Path, name: str) -> Iterator[Document]:
-        allowed = max(LEAST_ALLOWED, LARGEST_RATIO * file.stat().st_size)
+        allowed = allowance(file)
         found = 0
         for member in members(file):
             if member.climbs:

@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 from datatrove.data import Document
 
-from data_pipeline.readers.archives import MALFORMED
+from data_pipeline.readers.archives import MALFORMED, allowance
 from data_pipeline.readers.reading import SHOWN, FileReader, encodable, iso, named, plain
 from data_pipeline.readers.streams import BLOCK, LONGEST_LINE, DamageError, blocks, lines
 
@@ -142,6 +142,8 @@ def records(file: Path) -> Iterator[Any]:
             inner = [info for info in archive.infolist() if info.filename.split("/")[-1] == EXPORT]
             if not inner:
                 raise DamageError(f"no {EXPORT} in it")
+            if sum(info.file_size for info in inner) > allowance(file):
+                raise DamageError("it unpacks to more than an archive of its size may")
             damaged: list[str] = []
             rest = b""
             for info in inner:

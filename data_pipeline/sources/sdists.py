@@ -108,13 +108,15 @@ def package_headers(archive: Path) -> Any:
     Raises:
         SourceError: the file is no such archive.
     """
+    from data_pipeline.readers.archives import LARGEST_HEADER, BoundedInfo
+
     try:
-        with tarfile.open(archive) as tar:
+        with tarfile.open(archive, tarinfo=BoundedInfo) as tar:
             for member in tar:
                 if member.isfile() and re.fullmatch(r"[^/]+/PKG-INFO", member.name):
                     stream = tar.extractfile(member)
                     assert stream is not None  # a regular file has content
-                    return BytesHeaderParser().parse(stream)
+                    return BytesHeaderParser().parsebytes(stream.read(LARGEST_HEADER))
     except (tarfile.TarError, EOFError, OSError) as error:
         raise SourceError(f"{archive} is damaged ({error}); delete it to fetch it again.") from error
     raise SourceError(f"{archive} has no PKG-INFO, so its licence is unknown; leave it out.")

@@ -19,9 +19,9 @@ from train.config import RunConfig
 CONF = Path(entry.__file__).parent
 for tool in (
     "annotate",
-    "audit",
     "bench",
     "chat",
+    "dependencies",
     "goodput",
     "inspect.__main__",
     "lineage",

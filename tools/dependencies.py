@@ -1,4 +1,4 @@
-"""`python -m tools.audit`: known vulnerabilities of the installed packages, by pip-audit.
+"""`python -m tools.dependencies`: known vulnerabilities of the installed packages, by pip-audit.
 
 It fails on a vulnerability that is known, never on a service that is away. Whether the service knows anything is asked
 first: some mirrors of the package index answer for every package, without a word on vulnerabilities.
@@ -31,9 +31,9 @@ ASK = [sys.executable, "-m", "pip_audit", "--format=json", "--progress-spinner=o
 ASK += ["--no-deps", "--disable-pip"]
 
 
-@register("", "audit_schema")
+@register("", "dependencies_schema")
 @dataclass(frozen=True)
-class AuditConfig:
+class DependenciesConfig:
     """Look for known vulnerabilities of the installed packages.
 
     Args:
@@ -106,7 +106,7 @@ def installed() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def ask(requirements: Sequence[str], config: AuditConfig, until_s: float) -> Answer:
+def ask(requirements: Sequence[str], config: DependenciesConfig, until_s: float) -> Answer:
     """Ask the service; what it cannot be asked about is not in the answer."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(requirements) + "\n")
@@ -115,10 +115,10 @@ def ask(requirements: Sequence[str], config: AuditConfig, until_s: float) -> Ans
         try:
             left_s = max(until_s - time.monotonic(), 0.1)
             told = subprocess.run(command, capture_output=True, text=True, timeout=left_s).stdout
-            dependencies = json.loads(told)["dependencies"]
+            listed = json.loads(told)["dependencies"]
         except (subprocess.TimeoutExpired, json.JSONDecodeError, KeyError, TypeError):
             return Answer(frozenset(), ())  # no network, or an answer that is none
-    answered = [one for one in dependencies if "skip_reason" not in one]
+    answered = [one for one in listed if "skip_reason" not in one]
     return Answer(
         frozenset(canonicalize_name(one["name"]) for one in answered),
         tuple(
@@ -139,13 +139,13 @@ def counted(found: Sequence[Vulnerability], ignored: Mapping[str, Any], today: d
     return [one for one in found if not valid & set(one.ids)]
 
 
-def main(config: AuditConfig, resolved: dict[str, Any]) -> int:
+def main(config: DependenciesConfig, resolved: dict[str, Any]) -> int:
     until_s = time.monotonic() + config.total_s
     packages = installed()
     if not ask([KNOWN], config, until_s).vulnerabilities:
         print(
             f"WARNING: dependencies were NOT audited. {config.service} cannot be reached from here, or knows no "
-            f"vulnerability at all (it has none of {KNOWN}). Run `python -m tools.audit` where it can be reached.",
+            f"vulnerability at all (it has none of {KNOWN}). Where it can be, run: python -m tools.dependencies",
             file=sys.stderr,
         )
         return SAFE
@@ -160,15 +160,18 @@ def main(config: AuditConfig, resolved: dict[str, Any]) -> int:
         print(f"WARNING: not audited, {config.service} did not answer for: {', '.join(silent)}", file=sys.stderr)
     for name in config.ignored:
         if not any(name in one.ids for one in found):
-            print(f"note: {name} is ignored in conf/audit.yaml and not found any more", file=sys.stderr)
+            print(f"note: {name} is ignored in conf/dependencies.yaml and not found any more", file=sys.stderr)
     for one in counting:
         print(f"error: {one}", file=sys.stderr)
     if counting:
-        print("Raise bounds in pyproject.toml, or say in conf/audit.yaml why it does not concern us.", file=sys.stderr)
+        print(
+            "Raise bounds in pyproject.toml, or say in conf/dependencies.yaml why it does not concern us.",
+            file=sys.stderr,
+        )
         return VULNERABLE
     print(f"{len(asked)} of {len(packages)} packages have no known vulnerability that counts")
     return SAFE
 
 
 if __name__ == "__main__":
-    entry.run("audit", AuditConfig, main)
+    entry.run("dependencies", DependenciesConfig, main)

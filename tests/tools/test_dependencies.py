@@ -12,8 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from tools import audit
-from tools.audit import AuditConfig, Vulnerability
+from tools import dependencies
+from tools.dependencies import DependenciesConfig, Vulnerability
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = [*PROJECT["dependencies"], *(r for extra in PROJECT["optional-dependencies"].values() for r in extra)]
@@ -41,16 +41,16 @@ for requirement in open(sys.argv[-1]).read().split():
         dependencies.append({{"name": name, "version": version, "vulns": found}})
 print(json.dumps({{"dependencies": dependencies, "fixes": []}}))
 """)
-        monkeypatch.setattr(audit, "ASK", [sys.executable, "-I", "-S", str(script)])
-        monkeypatch.setattr(audit, "installed", lambda: {"a": "a==1.0", "b": "b==2.0"})
+        monkeypatch.setattr(dependencies, "ASK", [sys.executable, "-I", "-S", str(script)])
+        monkeypatch.setattr(dependencies, "installed", lambda: {"a": "a==1.0", "b": "b==2.0"})
 
     return start
 
 
 def run(capsys, **settings) -> tuple[int, str]:
-    config = AuditConfig(**settings)
+    config = DependenciesConfig(**settings)
     assert config.problems() == []
-    return audit.main(config, {}), "".join(capsys.readouterr())
+    return dependencies.main(config, {}), "".join(capsys.readouterr())
 
 
 def test_a_known_vulnerability_fails_with_package_id_and_fix(service, capsys):
@@ -70,7 +70,7 @@ def test_a_service_that_is_away_or_knows_nothing_is_told_and_passes(service, cap
         {"urllib3==1.24.1": "skip"} if how == "knows no package" else {}, known=False, delay_s=9 * (how == "too late")
     )
     if how == "no network":
-        monkeypatch.setattr(audit, "ASK", [sys.executable, "-c", "raise SystemExit('Max retries exceeded')"])
+        monkeypatch.setattr(dependencies, "ASK", [sys.executable, "-c", "raise SystemExit('Max retries exceeded')"])
     began = time.monotonic()
     code, told = run(capsys, total_s=1.0 if how == "too late" else 60.0)
     assert code == 0 and "WARNING: dependencies were NOT audited" in told and time.monotonic() - began < 8
@@ -88,12 +88,12 @@ def test_what_is_ignored_with_a_reason_does_not_count_until_its_day_is_over(serv
     assert run(capsys, ignored={"CVE-1": {"until": "9999-01-01", **reason}})[0] == 0
     assert run(capsys, ignored={"CVE-1": {"until": "2020-01-01", **reason}})[0] == 1
     code, told = run(capsys, ignored={"CVE-2": {"until": "9999-01-01", **reason}})
-    assert code == 1 and "CVE-2 is ignored in conf/audit.yaml and not found any more" in told
+    assert code == 1 and "CVE-2 is ignored in conf/dependencies.yaml and not found any more" in told
 
 
 @pytest.mark.parametrize("why", [{}, {"until": "soon", "reason": "x"}, {"until": "2030-01-01", "reason": ""}, "x"])
 def test_what_is_ignored_needs_a_day_and_a_reason(why):
-    assert [problem.key for problem in AuditConfig(ignored={"CVE-1": why}).problems()] == ["ignored.CVE-1"]
+    assert [problem.key for problem in DependenciesConfig(ignored={"CVE-1": why}).problems()] == ["ignored.CVE-1"]
 
 
 def test_one_without_a_fix_says_so():
@@ -116,6 +116,6 @@ def test_the_real_pip_audit_takes_what_it_is_given(tmp_path):
     """Its command line; without a network it ends with an error of the network."""
     (tmp_path / "none.txt").write_text("")
     done = subprocess.run(
-        [*audit.ASK, "--vulnerability-service=pypi", "-r", str(tmp_path / "none.txt")], capture_output=True
+        [*dependencies.ASK, "--vulnerability-service=pypi", "-r", str(tmp_path / "none.txt")], capture_output=True
     )
     assert json.loads(done.stdout)["dependencies"] == [], done.stderr

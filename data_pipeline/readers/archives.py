@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Self
 
 from datatrove.data import Document
 
@@ -107,7 +108,7 @@ class BoundedInfo(tarfile.TarInfo):
     """A header of a tar archive; names and attributes that would fill the memory are damage."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> "BoundedInfo":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         info = super().frombuf(buf, encoding, errors)
         if info.type in HEADERS and info.size > LARGEST_HEADER:
             raise tarfile.ReadError(f"a header of {info.size:,} bytes; at most {LARGEST_HEADER:,}")

@@ -20,10 +20,12 @@ from parallel.distributed import place
 from parallel.layout import Layout
 from train.failures import Failures
 from train.guard import Guard
+from train.watching import Watching
 
 register("parallel", "layout")(Layout)
 register("failures", "failures")(Failures)
 register("guard", "guard")(Guard)
+register("watching", "watching")(Watching)
 for package in (
     data_pipeline,
     parallel.engines,
@@ -57,6 +59,7 @@ class RunConfig:
         guard: what is done about silent faults; see the group `guard`.
         logger: where metrics go; several at once.
         failures: when other ranks are given up, and what is tried again.
+        watching: what is looked at beside the run, and when an alert is raised.
         init_from: Hugging Face directory, or artifact holding one, to start from; empty for random weights.
         seed: of initialisation, data order, dropout and sampling.
         name: the run's name.
@@ -79,6 +82,7 @@ class RunConfig:
     guard: Guard = field(default_factory=Guard)
     logger: dict[str, Any] = field(default_factory=dict)
     failures: Failures = field(default_factory=Failures)
+    watching: Watching = field(default_factory=Watching)
     init_from: str = ""
     seed: int = 0
     name: str = "${stage.kind}"
@@ -91,8 +95,8 @@ class RunConfig:
         found = [] if self.resume in ("auto", "never") else [Problem("resume", self.resume, "one of auto, never")]
         # A dry run judges the layout by itself: the machine it is meant for is elsewhere.
         world_size = self.parallel.world_size if self.dry_run else place().size
-        named = ("stage", "model", "data", "engine", "optim", "schedule", "objective", "guard", "failures")
-        for part in (getattr(self, name) for name in named):
+        parts = ("stage", "model", "data", "engine", "optim", "schedule", "objective")
+        for part in (getattr(self, name) for name in (*parts, "guard", "failures", "watching")):
             if hasattr(part, "problems"):
                 found += part.problems(self, world_size)
         return found

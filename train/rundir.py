@@ -32,6 +32,7 @@ IRRELEVANT = (
     "engine.transformer_engine",
     "logger",
     "failures",
+    "watching",
     "eval",
     "export",
     "data.path",

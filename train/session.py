@@ -35,6 +35,7 @@ from train.signals import StopSignals
 from train.stages.base import DONE, STOPPED_EARLY
 from train.start import Start
 from train.throughput import peak_flops, peak_memory
+from train.watching import Watcher
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -195,9 +196,12 @@ class Session:
 
     def _loop(self, signals: StopSignals) -> Loop:
         stage, config, progress = self.stage, self.config, self.progress
-        run = Run(config.name, self.directory, self.resolved, stage.steps, progress.step)
-        metrics = Metrics(config.logger if self.first else {}, run)
+        run = Run(config.name, self.directory, self.resolved, stage.steps, progress.step, self.start.inputs)
+        metrics = Metrics(config.logger if self.first else {}, run, config.watching.close_s)
         self.stack.callback(metrics.close, {})
+        if self.first:
+            watcher = Watcher(config.watching, self.clock, metrics, self.directory, self.world.device)
+            self.stack.enter_context(watcher)
         if self.world.size > 1:  # alone there is nothing to communicate with
             self.clock.profiled_step = progress.step + PROFILED_STEP
         monitor = Monitor(
@@ -332,6 +336,7 @@ class Session:
             earlier_s=loop.earlier_s,
         )
         artifact = draft.publish(f"{MODEL}/**/*")
+        loop.monitor.metrics.artifact(artifact)
         loop.monitor.metrics.close({name: value for name, value in summary.items() if not isinstance(value, dict)})
         self._say(f"{_closing(artifact.path, summary)}\n{account.headline()}")
 

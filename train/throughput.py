@@ -111,6 +111,11 @@ class Clock:
     def total_s(self) -> float:
         return time.perf_counter() - self.start
 
+    @property
+    def what(self) -> str:
+        """What time counts for now."""
+        return self._what
+
     def turn(self, what: str) -> str:
         """What time counts for from here on; returns what it counted for before."""
         with self._lock:

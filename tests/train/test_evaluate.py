@@ -25,6 +25,7 @@ from train.evaluate.harness import benchmark
 from train.evaluate.load import Subject
 from train.evaluate.preferences import preference_scores, sequence_logprobs
 from train.evaluate.text import held_out, score_text
+from train.metrics.jsonl import read as read_lines
 from train.objectives.dpo import DPO
 
 CPU = torch.device("cpu")
@@ -79,6 +80,8 @@ def test_a_model_and_its_ancestors_are_measured_and_compared(life, corpus, tmp_p
     artifact = Artifact.read(tmp_path / "run", kind="evaluation")
     assert artifact.inputs["model"]["id"] == Artifact.read(life / "dpo").id
     assert artifact.metrics["gate"] is False, "a failed gate is written down, not lost"
+    (alert,) = read_lines(tmp_path / "run" / "alerts.jsonl")
+    assert alert["kind"] == "gate" and "perplexity" in alert["text"] and "at most 1 was asked for" in alert["text"]
     assert results["gate"]["checks"][0]["threshold"] == "at most 1"
     assert sample["prompt"] in (tmp_path / "run" / "samples.txt").read_text()
     artifact.verify()

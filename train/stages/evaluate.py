@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from conf.errors import Problem
 from conf.registry import register
-from data_pipeline.artifact import sha256_of, write_atomically
+from data_pipeline.artifact import Artifact, sha256_of, write_atomically
 from parallel import distributed
 from train.evaluate.load import name_of
 from train.export.source import Source
+from train.metrics.base import Metrics, Run
 from train.stages.base import DONE, Stage
 from train.stages.derived import deriving
 
@@ -84,8 +85,19 @@ class Evaluate(Stage):
             }
             draft.facts = {"model_fingerprint": sources["model"].fingerprint, "device": world.device.type}
             artifact = draft.publish(RESULTS, SAMPLES)
+        _tell(Run(config.name, directory, resolved, 0, 0, inputs), config, artifact, results["gate"])
         print(f"{config.run_dir} is done: {self.kind} {artifact.id}\n{verdict(results['gate'])}", flush=True)
         return DONE
+
+
+def _tell(run: Run, config: "RunConfig", artifact: Artifact, gate: Mapping[str, Any] | None) -> None:
+    """Figures and verdict for those who watch."""
+    metrics = Metrics(config.logger, run, config.watching.close_s)
+    if gate and not gate["passed"]:
+        failed = "; ".join(_found(check) for check in gate["checks"] if not check["passed"])
+        metrics.alert("gate", f"{config.init_from} did not pass its gate: {failed}")
+    metrics.artifact(artifact)
+    metrics.close({name: value for name, value in artifact.metrics.items() if isinstance(value, int | float)})
 
 
 def as_text(samples: list[Mapping[str, Any]]) -> str:
@@ -104,5 +116,9 @@ def verdict(gate: Mapping[str, Any] | None) -> str:
     lines = [f"gate {'passed' if gate['passed'] else 'FAILED'}"]
     for check in gate["checks"]:
         mark = "ok  " if check["passed"] else "FAIL"
-        lines.append(f"  {mark} {check['metric']} = {check['found']:.4g}, {check['threshold']} was asked for")
+        lines.append(f"  {mark} {_found(check)}")
     return "\n".join(lines)
+
+
+def _found(check: Mapping[str, Any]) -> str:
+    return f"{check['metric']} = {check['found']:.4g}, {check['threshold']} was asked for"

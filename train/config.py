@@ -13,6 +13,7 @@ import train.metrics
 import train.models
 import train.objectives
 import train.optim
+import train.preflight
 import train.stages
 from conf.errors import Problem
 from conf.registry import discover, register
@@ -20,6 +21,7 @@ from parallel.distributed import place
 from parallel.layout import Layout
 from train.failures import Failures
 from train.guard import Guard
+from train.preflight.limits import Preflight
 from train.watching import Watching
 
 register("parallel", "layout")(Layout)
@@ -32,6 +34,7 @@ for package in (
     train.models,
     train.objectives,
     train.optim,
+    train.preflight,
     train.stages,
     train.evaluate,
     train.export,
@@ -46,7 +49,7 @@ class RunConfig:
     """One stage of a model's life, from its inputs to an artifact.
 
     Args:
-        stage: what is run: pretrain, sft, dpo, evaluate, export, verify.
+        stage: what is run: pretrain, sft, dpo, evaluate, export, verify, preflight.
         model: the architecture of a model that starts from random weights.
         data: what it is trained or evaluated on.
         parallel: the layout; see the group `parallel`.
@@ -58,6 +61,7 @@ class RunConfig:
         export: the format that is handed on.
         guard: what is done about silent faults; see the group `guard`.
         logger: where metrics go; several at once.
+        preflight: what is measured before the first step, and asked of each machine.
         failures: when other ranks are given up, and what is tried again.
         watching: what is looked at beside the run, and when an alert is raised.
         init_from: Hugging Face directory, or artifact holding one, to start from; empty for random weights.
@@ -81,6 +85,7 @@ class RunConfig:
     export: Any = None
     guard: Guard = field(default_factory=Guard)
     logger: dict[str, Any] = field(default_factory=dict)
+    preflight: Preflight = field(default_factory=Preflight)
     failures: Failures = field(default_factory=Failures)
     watching: Watching = field(default_factory=Watching)
     init_from: str = ""
@@ -96,7 +101,7 @@ class RunConfig:
         # A dry run judges the layout by itself: the machine it is meant for is elsewhere.
         world_size = self.parallel.world_size if self.dry_run else place().size
         parts = ("stage", "model", "data", "engine", "optim", "schedule", "objective")
-        for part in (getattr(self, name) for name in (*parts, "guard", "failures", "watching")):
+        for part in (getattr(self, name) for name in (*parts, "guard", "preflight", "failures", "watching")):
             if hasattr(part, "problems"):
                 found += part.problems(self, world_size)
         return found

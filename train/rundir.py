@@ -28,6 +28,7 @@ IRRELEVANT = (
     "resume",
     "dry_run",
     "parallel",
+    "preflight",
     "engine.cpu",
     "engine.transformer_engine",
     "logger",

@@ -115,7 +115,7 @@ def test_help_documents_every_key_with_its_default(run):
         assert f"-- {option}" in result.stdout, option
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "evaluate", "export", "verify"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "evaluate", "export", "verify", "preflight"])
 def test_the_composed_configuration_can_be_shown_for_every_stage(run, stage):
     result = run(f"stage={stage}", "--cfg", "job")
     assert result.returncode == 0, result.stderr

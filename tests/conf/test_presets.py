@@ -24,6 +24,7 @@ GROUPS_OF_TRAIN = (
     "eval",
     "export",
     "logger",
+    "preflight",
 )
 PRESETS = sorted(
     f"{group}={file.stem}" for group in (*GROUPS_OF_TRAIN, "experiment") for file in (CONF / group).glob("*.yaml")

@@ -12,7 +12,7 @@ Shape suffixes: X elements of this rank's part of a parameter, R blocks, K eleme
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,7 @@ class Adam8bit:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    moment_bytes: ClassVar[float] = 2.0
 
     def problems(self, config: "RunConfig", world_size: int) -> list[Problem]:
         """Values outside their range."""

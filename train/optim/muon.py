@@ -9,7 +9,7 @@ Shape suffixes: X matrices of a stack, M rows, N columns.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ class Muon:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    moment_bytes: ClassVar[float] = 4.0
 
     def problems(self, config: "RunConfig", world_size: int) -> list[Problem]:
         """Values outside their range."""

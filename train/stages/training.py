@@ -136,6 +136,7 @@ class Training(Stage):
             OccupiedError: run_dir holds a run of another configuration or of other inputs.
             FaultError: see `guard`.
             CheckpointError: a checkpoint cannot be written or read.
+            PreflightError: a machine or an input is not fit for the run.
             DisagreementError: the ranks were not started alike.
             RendezvousError, PeerError, PeerFailedError: see `parallel.distributed.joined`.
         """
@@ -168,6 +169,8 @@ class Training(Stage):
             if world.rank == 0:
                 write_config(directory, resolved)
                 ledger.open(directory, fingerprint(recipe(resolved) | start.foreign), world.size)
+            with ledger.clock.on("preflight"):
+                config.preflight.run(config, start, directory, world)
             try:
                 session = Session(self, config, resolved, world, start, directory, lease, ledger, stack)
                 return ledger.ends(session.run(signals))

@@ -1,9 +1,8 @@
 """Clocks: what machines say of the time must go together, or logs, leases and records of attempts do not.
 
-A collective that needs something of everybody is a clock of its own: no rank leaves it before every rank has entered. So
-where rank r entered at b_r and left at a_r, each by its own clock, clock r is ahead of clock 0 by at least b_r - a_0
-and at most a_r - b_0, whatever the network did (the interval of Cristian 1989, "Probabilistic clock synchronization",
-around a reply, here around a reduction). Several rounds narrow it down to their fastest.
+No rank leaves a reduction before every rank has entered it. So where rank r entered at b_r and left at a_r, each by its
+own clock, clock r is ahead of clock 0 by at least b_r - a_0 and at most a_r - b_0, whatever the network did (the bounds
+of Cristian 1989, "Probabilistic clock synchronization", around a reply). Of several rounds the fastest narrows it most.
 """
 
 import time
@@ -49,8 +48,8 @@ def judge(records: Sequence[Record], limits: "Preflight") -> list[Finding]:
             ahead = (low + high) / 2
             text = (
                 f"{who(there)}: its clock is {abs(ahead):.3f} s (+-{(high - low) / 2:.3f}) "
-                f"{'ahead of' if ahead > 0 else 'behind'} {others}, at most {limits.clock_s:g} s are allowed: set it by "
-                "NTP (chronyc makestep)."
+                f"{'ahead of' if ahead > 0 else 'behind'} {others}, at most {limits.clock_s:g} s are allowed: set it "
+                "by NTP (chronyc makestep)."
             )
             found.append(Finding("clocks", [record.rank for record in there], text))
     return found

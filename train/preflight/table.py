@@ -1,6 +1,6 @@
 """What a preflight found, for people: a line for each machine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 
 from parallel.watch import spans
@@ -8,11 +8,11 @@ from train.preflight.base import Record, by_host
 from train.preflight.clocks import bounds
 from train.preflight.links import AXES
 
-GB, GFLOPS = 1e9, 1e9
+MS, GB, GFLOPS = 1e-3, 1e9, 1e9
 
 
 def table(records: Sequence[Record], wrong: Sequence[int]) -> str:
-    """Machines in the order of their ranks, each with its slowest rank's figures.
+    """Machines in the order of their ranks, each with the figures of its slowest rank.
 
     Args:
         records: of all ranks.
@@ -20,50 +20,36 @@ def table(records: Sequence[Record], wrong: Sequence[int]) -> str:
     """
     offsets = bounds(records)
     axes = [axis for axis in AXES if any(axis in record.found.get("links", {}) for record in records)]
-    columns: dict[str, Callable[[str, list[Record]], str]] = {
-        "machine": lambda host, there: host,
-        "ranks": lambda host, there: spans(record.rank for record in there),
-        "clock ms": lambda host, there: f"{1e3 * sum(offsets[host]) / 2:+.2f}" if host in offsets else "",
-        "disk MB/s": lambda host, there: _least(there, lambda found: found["disk"]["mb_s"], ",.0f"),
-        "GFLOP/s": lambda host, there: _least(there, lambda found: found["compute"]["flops"] / GFLOPS, ",.0f"),
-        "memory GB": lambda host, there: _memory(there),
-    }
-    for axis in axes:
-        columns[f"{axis} GB/s"] = lambda host, there, axis=axis: _least(  # type: ignore[misc]
-            there, lambda found: max(found["links"][axis]["pairs"].values()), ".2f"
-        )
-        columns[f"{axis} together"] = lambda host, there, axis=axis: _least(  # type: ignore[misc]
-            there, lambda found: found["links"][axis]["collective"], ".2f"
-        )
-    columns[""] = lambda host, there: "not fit" if {record.rank for record in there} & set(wrong) else ""
-    rows = [[*columns], *([cell(host, there) for cell in columns.values()] for host, there in by_host(records).items())]
-    rows.append(["median", "", "", _median(records, "disk", "mb_s", 1.0), _median(records, "compute", "flops", GFLOPS)])
-    widths = [max(len(row[place]) for row in rows if place < len(row)) for place in range(len(columns))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if place < 2 else cell.rjust(width) for place, (cell, width) in _cells(row, widths)
-        ).rstrip()
-        for row in rows
-    )
+    carried = [f"{axis} GB/s: pair, all" for axis in axes]
+    rows = [["machine", "ranks", "clock ms", "disk MB/s", "GFLOP/s", "memory GB", *carried]]
+    for host, there in by_host(records).items():
+        ranks = [record.rank for record in there]
+        clock = f"{sum(offsets[host]) / 2 / MS:+.2f}" if host in offsets else ""
+        figures = [", ".join(_figure(min(v), ".2f") for v in _links(there, axis)) for axis in axes]
+        row = [host, spans(ranks), clock, *(_figure(min(v), ",.0f") for v in _speeds(there)), _memory(there), *figures]
+        rows.append([*row, "not fit" if set(ranks) & set(wrong) else ""])
+    usual = [", ".join(_figure(median(v), ".2f") for v in _links(records, axis)) for axis in axes]
+    rows.append(["median", "", "", *(_figure(median(v), ",.0f") for v in _speeds(records)), "", *usual])
+    widths = [max(len(row[place]) for row in rows if place < len(row)) for place in range(max(map(len, rows)))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=False)) for row in rows)
 
 
-def _cells(row: list[str], widths: list[int]) -> "enumerate[tuple[str, int]]":
-    return enumerate(zip(row, widths, strict=False))
+def _figure(value: float, form: str) -> str:
+    return "" if value != value else format(value, form)
 
 
-def _least(there: Sequence[Record], figure: Callable[[dict], float], form: str) -> str:
-    values = []
-    for record in there:
-        try:
-            values.append(figure(record.found))
-        except KeyError:  # not measured on this rank
-            continue
-    return format(min(values), form) if values else ""
+def _speeds(records: Sequence[Record]) -> list[list[float]]:
+    """Of disks in MB/s, of products in GFLOP/s; nan where nothing was measured."""
+    disks = [record.found["disk"]["mb_s"] for record in records if "mb_s" in record.found.get("disk", {})]
+    products = [record.found["compute"]["flops"] / GFLOPS for record in records if "compute" in record.found]
+    return [disks or [float("nan")], products or [float("nan")]]
 
 
-def _median(records: Sequence[Record], check: str, key: str, unit: float) -> str:
-    values = [r.found[check][key] for r in records if key in r.found.get(check, {})]
-    return f"{median(values) / unit:,.0f}" if values else ""
+def _links(records: Sequence[Record], axis: str) -> list[list[float]]:
+    """GB/s of each rank's better pair, and of the collective."""
+    found = [record.found["links"][axis] for record in records if axis in record.found.get("links", {})]
+    pairs = [max(one["pairs"].values()) for one in found]
+    return [pairs or [float("nan")], [one["collective"] for one in found] or [float("nan")]]
 
 
 def _memory(there: Sequence[Record]) -> str:

@@ -53,7 +53,7 @@ class BurnIn(Training):
             directory = Path(config.run_dir)
             with together():
                 if world.rank == 0:
-                    stack.enter_context(locked(directory))
+                    stack.enter_context(locked(directory, config.failures.lease_s))
                     withdraw(directory, self.kind)
             start, problem = self._start(config)
             records = config.preflight.measure(config, start, directory, world)

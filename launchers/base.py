@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from conf.errors import LostError
 
@@ -52,4 +53,41 @@ class Launcher(Protocol):
     def start(self, command: Sequence[str], processes: int, output: Output) -> Running:
         """Start `python -m <command>` on `processes` ranks that find each other as under torchrun (RANK, WORLD_SIZE,
         LOCAL_RANK, MASTER_ADDR, MASTER_PORT)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A stage that is to run once others have.
+
+    Args:
+        name: the stage's.
+        directory: its run directory.
+        command: what follows `python -m`.
+        processes: ranks.
+        after: names of the stages that must have ended well first.
+        always: it is enough that they have ended.
+    """
+
+    name: str
+    directory: Path
+    command: Sequence[str]
+    processes: int
+    after: Sequence[str]
+    always: bool
+
+
+@runtime_checkable
+class Queue(Launcher, Protocol):
+    """A launcher that has a queue of its own, which waits for stages in our place. Where a stage was put into it
+    ahead, `start` joins what is there."""
+
+    @property
+    def detach(self) -> bool:
+        """Leave once the stages are in the queue."""
+        ...
+
+    def ahead(self, stages: Sequence[Ahead]) -> dict[str, str]:
+        """Put stages into the queue, each behind those it needs; none that is there already. Returns what the queue
+        calls each."""
         ...

@@ -22,7 +22,7 @@ from conf.errors import LongrunError, OccupiedError
 from conf.registry import discover
 from data_pipeline.artifact import MANIFEST, Artifact, ArtifactError, fingerprint, locked, write_atomically
 from launchers import preflight
-from launchers.base import DONE, LOST, STOPPED_EARLY, Ended, Running
+from launchers.base import DONE, LOST, STOPPED_EARLY, Ahead, Ended, Queue, Running
 from launchers.display import Display, Row, duration, headline
 from launchers.graph import LifecycleConfig
 from launchers.interrupts import KILLED, heeded
@@ -73,6 +73,7 @@ class Life:
         self.code = code_fingerprint()
         self.book = self._read_book()
         self.rows: dict[str, Row] = {}
+        self.planned: dict[str, Row] = {}
         self.running: dict[str, Attempt] = {}
         self.stop_requests = 0
 
@@ -166,7 +167,15 @@ class Life:
     def run(self) -> int:
         """Run what is to be run; returns the exit code."""
         began = time.monotonic()
-        self.display.table(f"{self.config.name} in {self.root}", self.plan())
+        self.planned = {row.stage: row for row in self.plan()}
+        queued = self._queue()
+        for name, called in queued.items():
+            self.planned[name].note = called
+        self.display.table(f"{self.config.name} in {self.root}", self.planned.values())
+        if queued and self.config.launcher.detach:
+            self._write_book()
+            self.display.say("The jobs go on by themselves; the same command joins them, or shows what became of them.")
+            return DONE
         with heeded(self._interrupted):
             while len(self.rows) < len(self.order):
                 self._start_what_can_be()
@@ -178,6 +187,20 @@ class Life:
         took = duration(time.monotonic() - began)
         self.display.table(f"{self.config.name} after {took}", [self.rows[name] for name in self.order])
         return self._conclude()
+
+    def _queue(self) -> dict[str, str]:
+        """Where the launcher has a queue, put every stage that is to run into it at once: the life then goes on also
+        when this process ends. Returns what the queue calls each."""
+        if not isinstance(self.config.launcher, Queue):
+            return {}
+        names = [name for name, row in self.planned.items() if row.state == "to run"]
+        ahead = []
+        for name in names:
+            spec = self.config.stages[name]
+            after = [other for other in spec.inputs() if other in names]
+            call = spec.call(self.root, name)
+            ahead.append(Ahead(name, (self.root / name).resolve(), call, spec.processes, after, spec.always))
+        return self.config.launcher.ahead(ahead)
 
     def _start_what_can_be(self) -> None:
         for name in self.order:

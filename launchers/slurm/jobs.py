@@ -5,6 +5,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,13 @@ class Record:
         except FileNotFoundError:
             return None
 
-    def write(self, directory: Path) -> None:
-        write_atomically(directory / LOGS / RECORD, json.dumps(asdict(self), indent=1) + "\n")
+    @classmethod
+    def add(cls, run: Run, settings: dict[str, Any], number: str) -> None:
+        """Keep a job that was just submitted."""
+        earlier = cls.read(run.directory)
+        numbers = [*(earlier.jobs if earlier else []), number]
+        record = cls(run.command, settings, str(Path.cwd()), numbers)
+        write_atomically(run.logs / RECORD, json.dumps(asdict(record), indent=1) + "\n")
 
 
 def submit(config: SlurmConfig, resolved: dict[str, Any], command: Sequence[str]) -> str:
@@ -78,11 +84,7 @@ def submit(config: SlurmConfig, resolved: dict[str, Any], command: Sequence[str]
     with locked(run.logs):
         refuse_second(run.directory)
         number = batch.submit()
-        earlier = Record.read(run.directory)
-        settings = {key: value for key, value in resolved.items() if key in asdict(config)}
-        Record(list(command), settings, str(Path.cwd()), [*(earlier.jobs if earlier else []), number]).write(
-            run.directory
-        )
+        Record.add(run, {key: value for key, value in resolved.items() if key in asdict(config)}, number)
     return f"job {number} for {run.directory} is submitted"
 
 
@@ -196,14 +198,17 @@ def cancel(directory: Path, wait_s: float, now: bool = False) -> Iterator[str]:
             break
         if time.monotonic() - asked >= STOP_S and job.state == "RUNNING":
             asked = time.monotonic()
-            try:
-                cluster.ask("scancel", "--signal=USR2", job.number)
-            except SlurmError:
-                continue  # it has just ended
+            ask_to_stop(job.number)
         time.sleep(POLL_S / 4)
     if job:
         cluster.ask("scancel", job.number)
     yield "it is cancelled; `resume` goes on from the newest checkpoint"
+
+
+def ask_to_stop(number: str) -> None:
+    """Have the ranks of a running job write a checkpoint and end; the mark CANCELLED keeps it from being requeued."""
+    with suppress(SlurmError):  # it has just ended
+        cluster.ask("scancel", "--signal=USR2", number)
 
 
 def resume(directory: Path, overrides: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ pickle says how a job ended.
 
     every rank ended with 0         the job is COMPLETED, if the artifact's manifest is there
     one failed                      the job is FAILED, with that rank's code, at once
-    stopped early, or one was lost  the job is requeued, while it was started again less than `requeues` times
+    stopped early, or one was lost  the job is requeued, `requeues` times in a row without a new checkpoint
 """
 
 import shlex
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.artifact import MANIFEST
-from launchers.base import STOPPED_EARLY
+from launchers.base import LOST, STOPPED_EARLY
+from launchers.restarts import CHECKPOINTS
 from launchers.slurm.resources import Resources
 
 if TYPE_CHECKING:
@@ -28,9 +29,8 @@ ROOT = Path(__file__).parents[2]
 LOGS = "logs"
 CANCELLED = "cancelled"
 """A mark among the logs: the job shall not be requeued."""
-
-LOST = 76
-"""A rank was lost through no fault of the run's configuration."""
+IN_VAIN = "in-vain"
+"""Among the logs: requeues since the newest checkpoint, and that one's name."""
 KILLED = (137, 138, 140, 143)
 """SIGKILL: the memory was short, or its machine went. SIGUSR1, SIGUSR2, SIGTERM: asked to stop before it could hear."""
 AGAIN = "|".join(map(str, (STOPPED_EARLY, LOST, *KILLED)))
@@ -53,11 +53,17 @@ case $code in
 {again})
     if [ -e "$logs/{cancelled}" ]; then
         scancel "$SLURM_JOB_ID"
-    elif [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
-        echo "the ranks ended with $code: start $((${{SLURM_RESTART_COUNT:-0}} + 2)) follows"
-        scontrol requeue "$SLURM_JOB_ID"
     else
-        echo "error: the ranks ended with $code, and the job was started again {requeues} times (requeues) already"
+        newest=$(ls "$1/{checkpoints}" 2>/dev/null | grep -E '^step-[0-9]+$' | sort | tail -n 1)
+        read -r count before 2>/dev/null <"$logs/{in_vain}"
+        [ "$newest" = "$before" ] || count=0
+        if [ "${{count:-0}}" -lt {requeues} ]; then
+            echo "$((${{count:-0}} + 1)) $newest" >"$logs/{in_vain}"
+            echo "the ranks ended with $code: start $((${{SLURM_RESTART_COUNT:-0}} + 2)) follows"
+            scontrol requeue "$SLURM_JOB_ID"
+        else
+            echo "error: the ranks ended with $code, {requeues} requeues (requeues) brought no new checkpoint"
+        fi
     fi ;;
 *)
     echo "error: a rank failed with exit code $code; see $logs/rank-*.log" ;;
@@ -121,7 +127,8 @@ class Batch:
         self.folder.mkdir(parents=True, exist_ok=True)
         for run in self.runs:
             run.logs.mkdir(parents=True, exist_ok=True)
-            (run.logs / CANCELLED).unlink(missing_ok=True)
+            for mark in (CANCELLED, IN_VAIN):
+                (run.logs / mark).unlink(missing_ok=True)
         try:
             return self._executor()._submit_command(self._srun()).job_id
         except (FailedJobError, FailedSubmissionError) as error:
@@ -162,9 +169,7 @@ class Batch:
             array_parallelism=self.at_once or len(self.runs),
             additional_parameters=further,
             setup=self._before(),
-            teardown=AFTER.format(
-                again=AGAIN, manifest=MANIFEST, cancelled=CANCELLED, requeues=asked.requeues
-            ).splitlines(),
+            teardown=self._after(),
             use_srun=False,
         )
         if len(self.runs) > 1:
@@ -183,6 +188,10 @@ class Batch:
             elements = [f"{number}) {line} ;;" for number, line in enumerate(called)]
             lines += ["case $SLURM_ARRAY_TASK_ID in", *elements, "esac"]
         return [*lines, *BEFORE.format(logs=LOGS).splitlines()]
+
+    def _after(self) -> list[str]:
+        names = {"manifest": MANIFEST, "cancelled": CANCELLED, "in_vain": IN_VAIN, "checkpoints": CHECKPOINTS}
+        return AFTER.format(again=AGAIN, requeues=self.resources.requeues, **names).splitlines()
 
     def _srun(self) -> str:
         """The ranks. What the shell shall expand is in double quotes."""

@@ -1,6 +1,5 @@
 """The jobs of a run: submitted, found again by its directory, told to stop, started again."""
 
-import importlib.util
 import json
 import re
 import time
@@ -16,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from conf.errors import ConfigError, LongrunError, Problem
 from data_pipeline.artifact import MANIFEST, locked, write_atomically
 from launchers import preflight
+from launchers.graph import importable
 from launchers.slurm import cluster
 from launchers.slurm.cluster import Job, SlurmError
 from launchers.slurm.resources import SlurmConfig
@@ -100,7 +100,7 @@ def check(config: SlurmConfig, command: Sequence[str]) -> Run:
     except SlurmError as error:
         found.append(Problem("slurm", "absent", str(error)))
     run_dir = ""
-    if not command or not _exists(command[0]):
+    if not command or not importable(command[0]):
         given = " ".join(command) or "''"
         found.append(Problem("command", given, "what follows `--` is a module of ours, as in: -- train experiment=..."))
     else:
@@ -236,13 +236,6 @@ def resume(directory: Path, overrides: Sequence[str]) -> str:
     config = OmegaConf.to_object(node)
     assert isinstance(config, SlurmConfig)
     return submit(config, asdict(config), record.command)
-
-
-def _exists(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ModuleNotFoundError, ValueError):
-        return False
 
 
 def _indented(text: str) -> str:

@@ -42,10 +42,15 @@ TOKEN_PATTERNS = {
     begin: re.compile(rf"{re.escape(begin)}(?<![\w-]{re.escape(begin)}){rest}(?![\w-])")
     for begin, rest in TOKENS.items()
 }
+WEBHOOK = re.compile(
+    r"https://(?:hooks\.slack\.com/(?:services|workflows|triggers)|[\w.]*discord(?:app)?\.com/api/webhooks"
+    r"|[\w-]+\.webhook\.office\.com)/[\w/-]{8}"
+)
+"""Who knows the address may write there."""
 URL_PASSWORD = re.compile(r"://[^\s/:@\"'<>]{0,64}:([^\s/:@\"'<>]{3,128})@")
 WORDS = {
     *("password", "passwd", "passphrase", "pwd", "secret", "secrets", "credential", "credentials", "apikey"),
-    *("authorization", "authtoken", "accesstoken"),
+    *("authorization", "authtoken", "accesstoken", "webhook"),
 }
 """A key with one of these words in its name holds a secret."""
 KEYS = {"api", "access", "account", "private", "auth", "secret", "signing", "encryption", "client", "ssh"}
@@ -69,8 +74,7 @@ VARIABLES = {"wandb": "WANDB_API_KEY", "mlflow": "MLFLOW_TRACKING_TOKEN", "hf": 
 
 
 def named_secret(key: str) -> bool:
-    """Whether a configuration key, the last part of a dotted one, or an environment variable is called like one that
-    holds a secret."""
+    """Whether a configuration key, the last part of a dotted one, is called like one that holds a secret."""
     words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+", key.rsplit(".", 1)[-1])]
     if not words or words[-1] in PLACES:
         return False
@@ -84,12 +88,19 @@ def named_secret(key: str) -> bool:
     )
 
 
+def secret_variable(name: str) -> bool:
+    """Whether an environment variable is called like one that holds a secret: there, any KEY or TOKEN is one."""
+    return named_secret(name) or name.lower().rsplit("_", 1)[-1] in ("token", "key")
+
+
 def shape(value: str) -> str:
     """What a text holds that can only be a secret, in words; empty if nothing."""
     if KEY_BLOCK.search(value):
         return "a private key"
     if any(begin in value and pattern.search(value) for begin, pattern in TOKEN_PATTERNS.items()):
         return "the key of a service"
+    if WEBHOOK.search(value):
+        return "the address of a webhook"
     if any("$" not in match[1] for match in URL_PASSWORD.finditer(value)):
         return "an address with a password"
     return ""
@@ -99,8 +110,7 @@ def of_environment(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Secret -> name of the variable it is in, for all that are long enough to be looked for."""
     found = {}
     for name, value in variables.items():
-        last = name.lower().rsplit("_", 1)[-1]
-        if named_secret(name) or last in ("token", "key") or (shape(value) and "://" not in value):
+        if secret_variable(name) or (shape(value) and not URL_PASSWORD.search(value)):
             found[value.strip()] = name
         for match in URL_PASSWORD.finditer(value):
             found |= {match[1]: name, unquote(match[1]): name}

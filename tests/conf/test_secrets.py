@@ -23,6 +23,7 @@ SHAPED = {
     "AWS": "AKIA" + "Q3EGRZ7T2UKY5WVN",
     "JSON web token": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P",
     "private key": "-----BEGIN OPENSSH PRIVATE KEY-----b3BlbnNzaC1rZXk",
+    "webhook": f"https://hooks.slack.com/services/T0/B0/{CANARY}",
     "address": f"https://me:{CANARY}@host/simple",
 }
 
@@ -50,6 +51,11 @@ def test_a_key_is_known_by_its_name(name):
 )
 def test_what_only_sounds_alike_is_no_secret(name):
     assert not secrets.named_secret(name)
+
+
+def test_of_a_variable_any_key_or_token_is_a_secret():
+    assert all(map(secrets.secret_variable, ("MY_KEY", "GH_TOKEN", "HF_TOKEN", "DB_PASSWORD", "LONGRUN_WEBHOOK")))
+    assert not any(map(secrets.secret_variable, ("TOKENIZERS_PARALLELISM", "KEYMAP", "PATH", "KEY_FILE")))
 
 
 @pytest.mark.parametrize("kind", SHAPED)

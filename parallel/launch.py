@@ -13,7 +13,7 @@ import subprocess
 from dataclasses import dataclass
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from conf.errors import LongrunError, LostError
 
@@ -130,6 +130,16 @@ def _of_srun() -> Place:
 
 # `dp_shard: ${processes:}` in a configuration: as many as the launcher starts.
 OmegaConf.register_new_resolver("processes", lambda: place().size, replace=True)
+
+
+def micro_batches_of(samples: int, *, _root_: DictConfig) -> int:
+    """The fewest micro-batches of at most so many samples that make up a process's share of the global batch; where no
+    share is even, the layout tells."""
+    share = _root_.stage.global_batch // place().size or 1
+    return next(count for count in range(1, share + 1) if share % count == 0 and share // count <= max(1, samples))
+
+
+OmegaConf.register_new_resolver("micro_batches_of", micro_batches_of, replace=True)
 
 
 def _tasks_on(per_node: str, node: int) -> int:

@@ -5,6 +5,8 @@ of these, and each data-parallel rank has its contiguous share of every micro-ba
 their order over (micro-batch, rank, row), are the same for every number of ranks: a run resumes at any size.
 """
 
+import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -34,6 +36,7 @@ class Loader:
         dp_size: number of data-parallel ranks.
         seed: of the order, where the samples have none of their own.
         prepare: the objective's last touch on a micro-batch; runs in the thread.
+        retries: times that reading a step's samples is tried again after an I/O error, after 1 s, 2 s, 4 s, ...
 
     Raises:
         ConfigError: the global batch cannot be divided evenly.
@@ -49,6 +52,7 @@ class Loader:
         dp_size: int,
         seed: int,
         prepare: Callable[[MicroBatch], MicroBatch] | None = None,
+        retries: int = 0,
     ):
         if global_batch < 1 or global_batch % (micro_batches * dp_size):
             raise ConfigError(
@@ -68,6 +72,7 @@ class Loader:
         self.dp_size = dp_size
         self.order = order_of(samples, seed)
         self.prepare = prepare
+        self.retries = retries
         self._pin = torch.cuda.is_available()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._ahead: dict[int, Future[list[MicroBatch]]] = {}
@@ -86,6 +91,18 @@ class Loader:
         return self._ahead.pop(step).result()
 
     def _make(self, step: int) -> list[MicroBatch]:
+        for tried in range(self.retries):
+            try:
+                return self._read(step)
+            except OSError as error:  # a file server that is away for a moment
+                pause_s = 2**tried
+                warnings.warn(
+                    f"the samples of step {step} cannot be read ({error}): again in {pause_s} s", stacklevel=2
+                )
+                time.sleep(pause_s)
+        return self._read(step)
+
+    def _read(self, step: int) -> list[MicroBatch]:
         ks = step * self.global_batch + np.arange(self.global_batch)
         shares = ks.reshape(self.micro_batches, self.dp_size, -1)[:, self.dp_rank]
         return [self._micro_batch(share) for share in shares]

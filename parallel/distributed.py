@@ -33,6 +33,7 @@ __all__ = [
     "reached",
     "start",
     "stop",
+    "thrown_out",
 ]
 
 T = TypeVar("T")
@@ -160,6 +161,7 @@ def joined(patience_s: float = PATIENCE_S, **limits: float) -> Iterator[World]:
     Raises:
         DistributedError, RendezvousError: see `start()`.
         PeerError: another rank died or hangs; names it.
+        BrokenError: a collective broke, though all ranks came to it and live.
         PeerFailedError: another rank failed; gives its reason.
     """
     global _watch
@@ -174,6 +176,17 @@ def joined(patience_s: float = PATIENCE_S, **limits: float) -> Iterator[World]:
         raise
     finally:
         stop()
+
+
+@contextmanager
+def thrown_out() -> Iterator[None]:
+    """Around collectives after which a rank has much to close: should one break, the others know of it at once."""
+    try:
+        yield
+    except BaseException as error:
+        if _watch is not None:
+            _watch.note(error)
+        raise
 
 
 def keep_stacks(directory: Path | None) -> None:

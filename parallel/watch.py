@@ -104,8 +104,8 @@ class Watch:
     def blame(self, error: BaseException) -> LongrunError | None:
         """The error that took this rank out of the run, as another rank's fault. None where it is its own, of which the
         others are told; or where nobody is found, after a few times SUSPICION_S."""
-        if _broken(error):
-            self._standing, self._thrown, self._state = Standing.here(error), error, HURT
+        self.note(error)
+        if self._state == HURT:
             self._told.wait(4 * SUSPICION_S + 2 * GATHER_S)
             return self._verdict.error if self._verdict else None
         if not isinstance(error, SystemExit):  # another rank's error, which it reports, or none
@@ -114,6 +114,11 @@ class Watch:
             kind = "lost" if isinstance(error, LostError) else "failed"
             self._publish(Verdict([self.rank], f"{where} failed at step {self.step}: {said}", kind))
         return None
+
+    def note(self, error: BaseException) -> None:
+        """Whether a collective that broke threw this rank out: then it looks for who is at fault."""
+        if self._state == HERE and _broken(error):
+            self._standing, self._thrown, self._state = Standing.here(error), error, HURT
 
     def close(self) -> None:
         """Leave the run. The rank that serves the store waits a little for the others, who still look into it."""

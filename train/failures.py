@@ -23,19 +23,28 @@ class Failures:
             interpreter.
         lease_s: seconds after which a run on another machine may go on in run_dir, where rank 0 gives no sign there. It
             gives six in that time.
+        save_retries: checkpoints in a row that may fail to be written: the run goes on to the next one that is due; its
+            last one is tried again at once.
+        read_retries: times that reading a step's samples is tried again after an I/O error, after 1 s, 2 s, 4 s, ...
+        rebuilds: times that the ranks, where a collective broke although all came to it and live, go back to the newest
+            checkpoint within their processes. Not on CUDA, whose communicators do not survive that.
     """
 
     rendezvous_s: float = 300.0
     collective_s: float = 600.0
     patience_s: float = PATIENCE_S
     lease_s: float = STALE_S
+    save_retries: int = 2
+    read_retries: int = 3
+    rebuilds: int = 3
 
     def problems(self, config: "RunConfig", world_size: int) -> list[Problem]:
         """Values outside their range."""
+        seconds = {**self.limits, "lease_s": self.lease_s}
+        counts = {name: getattr(self, name) for name in ("save_retries", "read_retries", "rebuilds")}
         return [
-            Problem(f"failures.{key}", value, "a number of seconds above 0")
-            for key, value in {**self.limits, "lease_s": self.lease_s}.items()
-            if value <= 0
+            *(Problem(f"failures.{key}", s, "a number of seconds above 0") for key, s in seconds.items() if s <= 0),
+            *(Problem(f"failures.{key}", count, "0 or more") for key, count in counts.items() if count < 0),
         ]
 
     @property

@@ -240,6 +240,7 @@ class Session:
             validation=validation,
             clock=self.clock,
             signals=signals,
+            save_retries=config.failures.save_retries,
         )
 
     def _loader(self, samples: Samples) -> Loader:
@@ -251,6 +252,7 @@ class Session:
             dp_size=self.engine.dp_size,
             seed=self.config.seed,
             prepare=self._prepare(),
+            retries=self.config.failures.read_retries,
         )
         self.stack.callback(loader.close)
         return loader

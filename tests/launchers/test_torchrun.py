@@ -11,7 +11,7 @@ import pytest
 
 from launchers.torchrun import code_of
 from tests.data import tiny_corpus
-from tests.train.runs import SETTINGS, complete
+from tests.train.runs import SETTINGS, begin
 from tests.train.test_resume import losses
 
 ROOT = Path(__file__).parent.parent.parent
@@ -80,9 +80,10 @@ def agents(tmp_path):
 def test_a_run_shrinks_and_grows_under_torchrun_with_the_batch_kept(agents, tmp_path):
     """Two nodes; one is asked to leave, and comes back."""
     corpus = tiny_corpus(tmp_path / "corpus", documents=60)
-    settings = ("parallel=elastic", "parallel.micro_batches=${micro_batches_of:2}", "stage.steps=400")
+    settings = ("parallel=elastic", "parallel.micro_batches=${micro_batches_of:2}", "stage.steps=200")
     settings += ("stage.checkpoint_every=20",)
-    complete(corpus, tmp_path / "whole", *settings)
+    whole = begin(corpus, tmp_path / "whole", *settings)
+    assert whole.wait(timeout_s=400) == [0]
     run_dir = tmp_path / "run"
     run = agents(["stage=pretrain", f"data.path={corpus}", f"run_dir={run_dir}", *SETTINGS, *settings])
     run.add()
@@ -98,4 +99,5 @@ def test_a_run_shrinks_and_grows_under_torchrun_with_the_batch_kept(agents, tmp_
     assert run.all[0].returncode == 0, run.output()
     found, expected = losses(run_dir), losses(tmp_path / "whole")
     assert [step for step, _ in found] == [step for step, _ in expected]
-    assert max(abs(a - b) for (_, a), (_, b) in zip(found[:20], expected[:20], strict=True)) <= 5e-6
+    differences = [abs(one - other) for (_, one), (_, other) in zip(found, expected, strict=True)]
+    assert max(differences[:20]) <= 5e-6 and max(differences) <= 5e-4  # rounding grows over ten times as many steps

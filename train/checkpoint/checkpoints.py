@@ -142,6 +142,7 @@ class Checkpoints:
         try:
             save.future.result()
         except (CheckpointException, OSError, RuntimeError) as error:
+            self._held = None
             raise self._failure(save, error) from error
         finally:
             self.stall_s += time.perf_counter() - start

@@ -1,5 +1,6 @@
 """Stages that change weights: pre-training, SFT, DPO. They differ in their data and objective only."""
 
+import gc
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from parallel import determinism, distributed
 from parallel.engine import Settings
 from parallel.layout import DEFERRING_SCHEDULES, Layout
 from parallel.precision import NO_FP8, PRECISIONS, has_fp8
+from parallel.verdict import BrokenError
 from train.checkpoint import committed
 from train.checkpoint.committed import CheckpointError
 from train.goodput import Ledger, age_s
@@ -138,11 +140,21 @@ class Training(Stage):
             CheckpointError: a checkpoint cannot be written or read.
             PreflightError: a machine or an input is not fit for the run.
             DisagreementError: the ranks were not started alike.
-            RendezvousError, PeerError, PeerFailedError: see `parallel.distributed.joined`.
+            RendezvousError, PeerError, BrokenError, PeerFailedError: see `parallel.distributed.joined`.
         """
+        rebuilds = config.failures.rebuilds if not torch.cuda.is_available() else 0
+        with StopSignals() as signals:
+            for number in range(1, rebuilds + 1):
+                try:
+                    return self._run(config, resolved, signals)
+                except BrokenError as error:
+                    print(f"{error} Back to the newest checkpoint, rebuild {number} of {rebuilds}.", flush=True)
+                gc.collect()
+            return self._run(config, resolved, signals)
+
+    def _run(self, config: "RunConfig", resolved: dict[str, Any], signals: StopSignals) -> int:
         with ExitStack() as stack:
             ledger = stack.enter_context(Ledger())  # sees how all that follows ends
-            signals = stack.enter_context(StopSignals())
             if self.deterministic:
                 determinism.enforce()
             world = stack.enter_context(distributed.joined(**config.failures.limits))
@@ -173,7 +185,8 @@ class Training(Stage):
                 config.preflight.run(config, start, directory, world)
             try:
                 session = Session(self, config, resolved, world, start, directory, lease, ledger, stack)
-                return ledger.ends(session.run(signals))
+                with distributed.thrown_out():
+                    return ledger.ends(session.run(signals))
             except (CheckpointError, FaultError) as error:
                 if world.rank > 0:  # all ranks have the same one
                     raise SystemExit(error.exit_code) from None

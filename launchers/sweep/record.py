@@ -1,9 +1,11 @@
-"""What a sweep leaves for people and programs: `sweep.json`, `table.csv`, and a table on the console."""
+"""What a sweep leaves for people and programs: `sweep.json`, `table.csv`, a table on the console, a page."""
 
 import csv
 import io
 import json
 import math
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from conf.errors import OccupiedError
 from data_pipeline.artifact import write_atomically
 from launchers.display import Display, duration
+from launchers.graph import quoted
 from launchers.sweep.book import JOURNAL, Book, Outcome
 from launchers.sweep.config import SweepConfig
 
@@ -138,6 +141,12 @@ def show(display: Display, config: SweepConfig, book: Book) -> None:
         display.say(f"The best is trial {leader.number:03d}, {config.figure} {shown(leader.value)}", style="green")
         if best.exists():
             display.say(f"python -m train --config-dir {best.parent.parent} experiment={best.stem}", style="bold cyan")
+
+
+def drawn(root: Path) -> str:
+    """Have page and picture made, by a process because of all that drawing imports; returns what it said."""
+    command = [sys.executable, "-m", "tools.sweep_report", f"root={quoted(str(root))}"]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout.strip()
 
 
 def shown(value: Any) -> str:

@@ -260,6 +260,7 @@ class Sweep:
         self._keep_best()
         record.write(self.root, self.config, self.book)
         record.show(self.display, self.config, self.book)
+        self.display.say(record.drawn(self.root), style="")
         if self.stop_requests:
             self.display.say("Stopped on request. The same command goes on from here.", style="yellow")
             return STOPPED_EARLY if self.stop_requests < 2 else KILLED

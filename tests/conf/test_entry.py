@@ -28,6 +28,7 @@ for tool in (
     "parity.__main__",
     "report.__main__",
     "serve",
+    "sweep_report.__main__",
     "tokenizer",
 ):
     importlib.import_module(f"tools.{tool}")

@@ -13,7 +13,7 @@ from conf.errors import OccupiedError
 from data_pipeline import artifact
 from data_pipeline.artifact import locked
 from launchers import preflight
-from launchers.sweep import run
+from launchers.sweep import record, run
 from launchers.sweep.config import SweepConfig
 from launchers.sweep.run import Sweep, SweepError
 from launchers.sweep.search.grid import Grid
@@ -31,6 +31,7 @@ BOWL = ("lr=log(1e-4,1)", "decay=0,0.1")
 def sweep(tmp_path, monkeypatch):
     """Run a sweep in a directory; returns exit code, record and what was shown."""
     monkeypatch.setattr(run, "POLL_S", 0)
+    monkeypatch.setattr(record, "drawn", lambda root: "")
     for costly in ("code_commit", "package_versions"):
         monkeypatch.setattr(artifact, costly, lambda: "not asked")
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
@@ -58,12 +59,12 @@ def sweep(tmp_path, monkeypatch):
     return start
 
 
-def params(record) -> dict[int, dict]:
-    return {trial["number"]: trial["params"] for trial in record["trials"]}
+def params(found) -> dict[int, dict]:
+    return {trial["number"]: trial["params"] for trial in found["trials"]}
 
 
-def states(record) -> dict[int, str]:
-    return {trial["number"]: trial["state"] for trial in sorted(record["trials"], key=lambda trial: trial["number"])}
+def states(found) -> dict[int, str]:
+    return {trial["number"]: trial["state"] for trial in sorted(found["trials"], key=lambda trial: trial["number"])}
 
 
 class Killed(BaseException):
@@ -79,40 +80,40 @@ def test_the_same_seed_and_space_give_the_same_trials_in_any_other_directory(swe
 
 
 def test_a_grid_is_every_combination_once_in_order(sweep):
-    code, record, _ = sweep("lr=log(1e-3,1e-1)", "decay=0,0.5", search=Grid(points=3))
-    values = [(trial["lr"], trial["decay"]) for _, trial in sorted(params(record).items())]
+    code, found, _ = sweep("lr=log(1e-3,1e-1)", "decay=0,0.5", search=Grid(points=3))
+    values = [(trial["lr"], trial["decay"]) for _, trial in sorted(params(found).items())]
     assert code == 0
     assert values == [(pytest.approx(lr), decay) for lr in (1e-3, 1e-2, 1e-1) for decay in ("0", "0.5")]
 
 
 def test_the_proposals_of_the_estimator_come_closer_than_its_random_start(sweep):
-    record = sweep("lr=log(1e-4,1)", "decay=0,0.1", search=TPE(startup=6), trials=18)[1]
-    away = [loss(trial["lr"], float(trial["decay"]), 1) - 1 for _, trial in sorted(params(record).items())]
+    found = sweep("lr=log(1e-4,1)", "decay=0,0.1", search=TPE(startup=6), trials=18)[1]
+    away = [loss(trial["lr"], float(trial["decay"]), 1) - 1 for _, trial in sorted(params(found).items())]
     assert sum(away[12:]) < sum(away[:6]) / 2
 
 
 def test_table_and_record_go_from_the_best_to_the_worst(sweep):
-    code, record, shown = sweep(stopping=Median(startup=2))
+    code, found, shown = sweep(stopping=Median(startup=2))
     assert code == 0
-    done = [trial["value"] for trial in record["trials"] if trial["state"] == "done"]
-    assert done == sorted(done) and record["best"] == record["trials"][0]["number"]
+    done = [trial["value"] for trial in found["trials"] if trial["state"] == "done"]
+    assert done == sorted(done) and found["best"] == found["trials"][0]["number"]
     rows = list(csv.DictReader((sweep.root / "table.csv").open()))
-    assert [int(row["trial"]) for row in rows] == [trial["number"] for trial in record["trials"]]
+    assert [int(row["trial"]) for row in rows] == [trial["number"] for trial in found["trials"]]
     assert float(rows[0]["validation_loss"]) == pytest.approx(done[0])
     table = shown[shown.index("trial  ") :]
     assert table.index(f"{rows[0]['trial']:0>3}") < table.index(f"{rows[-1]['trial']:0>3}")
-    assert f"The best is trial {record['best']:03d}" in shown
+    assert f"The best is trial {found['best']:03d}" in shown
 
 
 def test_more_is_better_where_that_is_asked_for(sweep):
-    record = sweep(maximise=True)[1]
-    values = [trial["value"] for trial in record["trials"]]
-    assert values == sorted(values, reverse=True) and record["best"] == record["trials"][0]["number"]
+    found = sweep(maximise=True)[1]
+    values = [trial["value"] for trial in found["trials"]]
+    assert values == sorted(values, reverse=True) and found["best"] == found["trials"][0]["number"]
 
 
 def test_a_trial_worse_than_the_median_is_ended_at_that_step_and_no_other_is(sweep):
-    record = sweep(stopping=Median(startup=2, first=2), trials=12)[1]
-    trials = sorted(record["trials"], key=lambda trial: trial["number"])
+    found = sweep(stopping=Median(startup=2, first=2), trials=12)[1]
+    trials = sorted(found["trials"], key=lambda trial: trial["number"])
     finished: list[dict] = []
     for trial in trials:
         curve = {int(step): value for step, value in trial["curve"].items()}
@@ -130,12 +131,12 @@ def test_a_trial_worse_than_the_median_is_ended_at_that_step_and_no_other_is(swe
         assert trial["state"] == ("done" if behind is None else "pruned")
         assert max(curve) == (behind or STEPS)
         finished += [trial] if behind is None else []
-    assert {"done", "pruned"} == set(states(record).values())
+    assert {"done", "pruned"} == set(states(found).values())
 
 
 def test_halving_lets_one_in_so_many_of_those_that_came_to_a_step_go_on(sweep):
-    record = sweep(stopping=Halving(first=2, keep_one_in=2), trials=12)[1]
-    last = [max(map(int, trial["curve"])) for trial in record["trials"]]
+    found = sweep(stopping=Halving(first=2, keep_one_in=2), trials=12)[1]
+    last = [max(map(int, trial["curve"])) for trial in found["trials"]]
     assert set(last) <= {2, 4, 8} and last.count(8) <= 6 and 2 in last
 
 
@@ -173,8 +174,8 @@ def test_a_journal_cut_inside_a_line_with_its_lock_held_is_gone_on_with(sweep):
     journal = sweep.root / "journal.log"
     journal.write_bytes(journal.read_bytes() + b'{"op_code":4,"wor')
     (sweep.root / "journal.log.lock").symlink_to(journal)
-    code, record, _ = sweep(trials=4)
-    assert code == 0 and states(record) == dict.fromkeys(range(4), "done")
+    code, found, _ = sweep(trials=4)
+    assert code == 0 and states(found) == dict.fromkeys(range(4), "done")
 
 
 def test_a_finished_sweep_starts_nothing_and_shows_its_table_and_more_trials_may_be_asked_for(sweep):
@@ -204,13 +205,13 @@ def test_trials_run_at_the_same_time_and_no_more_than_asked_for(sweep, monkeypat
         return start(launcher, *arguments)
 
     monkeypatch.setattr(Scripted, "start", counting)
-    code, record, _ = sweep(concurrent=3, trials=7)
-    assert code == 0 and max(at_once) == 3 and len(params(record)) == 7
+    code, found, _ = sweep(concurrent=3, trials=7)
+    assert code == 0 and max(at_once) == 3 and len(params(found)) == 7
 
 
 def test_a_failed_trial_is_named_with_its_last_lines_and_the_others_are_run(sweep):
-    code, record, shown = sweep(*BOWL, "behaviour=well,fails", search=Grid(points=2), trials=8)
-    assert code == 0 and list(states(record).values()) == ["done", "failed"] * 4
+    code, found, shown = sweep(*BOWL, "behaviour=well,fails", search=Grid(points=2), trials=8)
+    assert code == 0 and list(states(found).values()) == ["done", "failed"] * 4
     assert "001 failed: it exited with code 1" in shown and "why it failed" in shown
 
 
@@ -218,33 +219,33 @@ def test_a_trial_that_failed_is_tried_again_at_the_next_start(sweep):
     settings = (*BOWL, "behaviour=fails once")
     with pytest.raises(SweepError, match="2 trials failed; max_failures=2"):
         sweep(*settings, trials=4, max_failures=2)
-    record = json.loads((sweep.root / "sweep.json").read_text())
-    assert states(record) == {0: "failed", 1: "failed"}, "nothing is started after so many failures"
+    found = json.loads((sweep.root / "sweep.json").read_text())
+    assert states(found) == {0: "failed", 1: "failed"}, "nothing is started after so many failures"
     for number in range(4):
         (sweep.root / f"{number:03d}").mkdir(exist_ok=True)
         (sweep.root / f"{number:03d}" / "mended").touch()
     code, after, _ = sweep(*settings, trials=4, max_failures=2)
     assert code == 0 and states(after) == dict.fromkeys(range(4), "done")
-    assert params(record).items() <= params(after).items()
+    assert params(found).items() <= params(after).items()
 
 
 def test_a_trial_that_stops_early_with_a_checkpoint_is_started_again(sweep):
     launcher = Scripted()
-    code, record, shown = sweep(*BOWL, "behaviour=preempted", launcher=launcher, trials=2)
-    assert code == 0 and states(record) == {0: "done", 1: "done"} and len(launcher.started) == 4
+    code, found, shown = sweep(*BOWL, "behaviour=preempted", launcher=launcher, trials=2)
+    assert code == 0 and states(found) == {0: "done", 1: "done"} and len(launcher.started) == 4
     assert "stopped early with a checkpoint" in shown
 
 
 def test_a_figure_that_is_not_a_number_fails_the_trial_and_is_no_best(sweep):
-    code, record, shown = sweep(*BOWL, "behaviour=well,diverges", search=Grid(points=2), trials=8)
-    assert code == 0 and list(states(record).values()) == ["done", "failed"] * 4
+    code, found, shown = sweep(*BOWL, "behaviour=well,diverges", search=Grid(points=2), trials=8)
+    assert code == 0 and list(states(found).values()) == ["done", "failed"] * 4
     assert "validation_loss is not a number" in shown
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_diverged_trial_is_ended_by_the_median(sweep):
-    record = sweep(*BOWL, "behaviour=well,diverges", search=Grid(points=2), trials=8, stopping=Median(startup=1))[1]
-    diverged = [trial for trial in record["trials"] if trial["params"]["behaviour"] == "diverges"]
+    found = sweep(*BOWL, "behaviour=well,diverges", search=Grid(points=2), trials=8, stopping=Median(startup=1))[1]
+    diverged = [trial for trial in found["trials"] if trial["params"]["behaviour"] == "diverges"]
     assert {trial["state"] for trial in diverged} == {"pruned"} and {trial["value"] for trial in diverged} == {None}
 
 
@@ -253,15 +254,15 @@ def test_a_figure_that_no_trial_has_ends_the_sweep_at_once_and_can_then_be_mende
     with pytest.raises(SweepError, match=r"no figure 'validation_los'.*did you mean validation_loss"):
         sweep(figure="validation_los", launcher=launcher)
     assert len(launcher.started) == 1
-    code, record, _ = sweep(figure="validation_loss", launcher=launcher)
-    assert code == 0 and len(params(record)) == 6
+    code, found, _ = sweep(figure="validation_loss", launcher=launcher)
+    assert code == 0 and len(params(found)) == 6
     with pytest.raises(OccupiedError, match="figure"):
         sweep(figure="loss")
 
 
 def test_the_figure_may_be_inside_another_of_the_manifest(sweep):
-    _, record, shown = sweep(figure="shares.data", trials=2, stopping=Median())
-    assert {trial["value"] for trial in record["trials"]} == {0.25}
+    _, found, shown = sweep(figure="shares.data", trials=2, stopping=Median())
+    assert {trial["value"] for trial in found["trials"]} == {0.25}
     assert "before its end, so none could be ended early" in shown
 
 
@@ -275,10 +276,10 @@ def test_a_request_to_stop_leaves_trials_that_are_gone_on_with(sweep, monkeypatc
         return poll(trial)
 
     monkeypatch.setattr(Trial, "poll", interrupted)
-    code, record, shown = sweep(trials=1)
-    assert code == 75 and states(record) == {0: "cut"} and "goes on from here" in shown
-    code, record, _ = sweep(trials=1)
-    assert code == 0 and states(record) == {0: "done"}
+    code, found, shown = sweep(trials=1)
+    assert code == 75 and states(found) == {0: "cut"} and "goes on from here" in shown
+    code, found, _ = sweep(trials=1)
+    assert code == 0 and states(found) == {0: "done"}
 
 
 def test_what_separates_good_from_bad_is_told_once_there_are_enough_trials(sweep):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,11 +79,11 @@ def swept(tmp_path_factory):
         sweep.display.console = Console(file=io.StringIO(), width=200)
         code = sweep.run()
     assert code == 0, sweep.display.console.file.getvalue()
-    return root, json.loads((root / "sweep.json").read_text())
+    return root, json.loads((root / "sweep.json").read_text()), sweep.display.console.file.getvalue()
 
 
 def test_what_is_compared_is_what_the_manifest_says(swept):
-    root, record = swept
+    root, record, _ = swept
     done = [trial for trial in record["trials"] if trial["state"] == "done"]
     assert {trial["number"] for trial in done} == {0, 1}
     for trial in done:
@@ -92,14 +93,14 @@ def test_what_is_compared_is_what_the_manifest_says(swept):
 
 
 def test_a_trial_that_falls_behind_stops_with_a_checkpoint_and_makes_no_artifact(swept):
-    root, record = swept
+    root, record, _ = swept
     [pruned] = [trial for trial in record["trials"] if trial["state"] == "pruned"]
     assert pruned["params"] == {"optim.lr": "1e-06"} and list(pruned["curve"]) == ["0", "5"]
     assert list((root / "002" / "checkpoints").glob("step-*")) and not (root / "002" / "manifest.json").exists()
 
 
 def test_the_best_is_an_experiment_of_exactly_that_trial(swept, monkeypatch, capsys):
-    root, record = swept
+    root, record, _ = swept
     arguments = ["--config-dir", str(root), "experiment=found", "--cfg", "job", "--resolve"]
     monkeypatch.setattr(sys, "argv", ["train", *arguments])
     GlobalHydra.instance().clear()
@@ -112,6 +113,16 @@ def test_the_best_is_an_experiment_of_exactly_that_trial(swept, monkeypatch, cap
     assert (composed.pop("name"), composed.pop("run_dir")) == ("sweep_best", "runs/sweep_best")
     assert (trained.pop("name"), trained.pop("run_dir")) == ("pretrain it", str(root / f"{record['best']:03d}"))
     assert composed == trained
+
+
+def test_page_and_picture_show_every_trial_and_load_nothing(swept):
+    root, record, shown = swept
+    page = (root / "sweep.html").read_text()
+    assert "sweep.html and plot.png" in shown and (root / "plot.png").read_bytes().startswith(b"\x89PNG")
+    for told in ("Trial 000", "ended early", "experiment=found", "1e-06", "validation_loss over the steps"):
+        assert told in page, told
+    assert page.count("<tr") == 1 + len(record["trials"])
+    assert not re.search(r"<script|<link|(src|href)=.https?:", page)
 
 
 @pytest.fixture

@@ -105,10 +105,11 @@ def lines(title: str, curves: Sequence[Line], *, wide: bool = False, percent: bo
             axes.legend(loc="best", fontsize=9, handlelength=1.4)
         axes.margins(x=0.02)
         told = [f"{c.label} {c.y[0]:.4g} at step {c.x[0]:g}, {c.y[-1]:.4g} at step {c.x[-1]:g}" for c in curves]
-        return _svg(figure, f"{title}: {'; '.join(told)}")
+        return svg(figure, f"{title}: {'; '.join(told)}")
 
 
-def _svg(figure: Any, label: str) -> Markup:
+def svg(figure: Any, label: str) -> Markup:
+    """A figure drawn with the stand-in colours of `STYLE`, as part of a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

@@ -4,7 +4,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,7 +153,8 @@ class Session:
             loop = self._loop(signals)
             self.clock.turn("compute")
             try:
-                end = loop.run()
+                with self._watched(loop):
+                    end = loop.run()
                 break
             except FaultError as fault:
                 self.clock.turn("guard")
@@ -177,6 +178,11 @@ class Session:
         self._publish(loop, loop.validation.run(self.progress.step))
         return DONE
 
+    def _watched(self, loop: Loop) -> AbstractContextManager:
+        if not self.first:
+            return nullcontext()
+        return Watcher(self.config.watching, self.clock, loop.monitor.metrics, self.directory, self.world.device)
+
     def _answer(self, fault: FaultError) -> None:
         """Go back to before a fault, or end."""
         guard, newest = self.config.guard, self.checkpoints.newest
@@ -199,9 +205,6 @@ class Session:
         run = Run(config.name, self.directory, self.resolved, stage.steps, progress.step, self.start.inputs)
         metrics = Metrics(config.logger if self.first else {}, run, config.watching.close_s)
         self.stack.callback(metrics.close, {})
-        if self.first:
-            watcher = Watcher(config.watching, self.clock, metrics, self.directory, self.world.device)
-            self.stack.enter_context(watcher)
         if self.world.size > 1:  # alone there is nothing to communicate with
             self.clock.profiled_step = progress.step + PROFILED_STEP
         monitor = Monitor(

@@ -82,7 +82,7 @@ def trained(slurm: Cluster, patch, tmp_path_factory) -> tuple[Path, str]:
 def test_two_nodes_with_two_ranks_each_train(trained):
     artifact = Artifact.read(trained[0])
     assert artifact.facts["processes"] == 4 and artifact.metrics["steps"] == 4
-    assert "srun: 4 processes (2 on this machine)" in (trained[0] / "logs/rank-0.log").read_text()
+    assert "srun: 4 processes on 2 machines" in (trained[0] / "logs/rank-0.log").read_text()
     assert sorted(file.name for file in (trained[0] / "logs").glob("rank-*")) == [f"rank-{r}.log" for r in range(4)]
 
 

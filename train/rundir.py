@@ -1,6 +1,7 @@
 """A run directory: held by one run, of one configuration, and agreed on by all ranks."""
 
 import hashlib
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
@@ -58,6 +60,8 @@ NAMED = ("model", "data", "optim", "schedule", "objective")
 """Groups whose options make different runs."""
 
 ROOMS = ("conf", "data_pipeline", "parallel", "train")
+CHANGING = ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO", "NVIDIA_TF32_OVERRIDE")
+"""Variables that change what is computed, or how it is added up."""
 SHOWN = 20
 """Lines of a message that could have hundreds."""
 
@@ -130,7 +134,8 @@ def check_agreement(resolved: Mapping[str, Any]) -> None:
         SystemExit: the same, on all ranks but the first.
     """
     code = {f"code {name}": digest for name, digest in source_digests().items()}
-    versions = {"Python": platform.python_version(), "torch": torch.__version__}
+    versions = {"Python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    versions |= {name: value for name in CHANGING if (value := os.environ.get(name))}
     differing = distributed.differences(_flat(resolved) | code | versions)
     with together():
         if differing:

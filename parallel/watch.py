@@ -209,6 +209,7 @@ class Watch:
                 file_of(self.stacks, self.rank).unlink(missing_ok=True)
                 with contextlib.suppress(OSError):
                     self.stacks.rmdir()
+                    self.stacks.parent.rmdir()
 
     def _say(self) -> None:
         self._count += 1

@@ -23,6 +23,9 @@ class Failures:
             interpreter.
         lease_s: seconds after which a run on another machine may go on in run_dir, where rank 0 gives no sign there. It
             gives six in that time.
+        straggler: a rank is named that is slower than so many times the median of those that do the same work; above 1,
+            or 0 to name none.
+        straggler_every: steps after which one is looked at; the median of three looks counts.
         save_retries: checkpoints in a row that may fail to be written: the run goes on to the next one that is due; its
             last one is tried again at once.
         read_retries: times that reading a step's samples is tried again after an I/O error, after 1 s, 2 s, 4 s, ...
@@ -34,6 +37,8 @@ class Failures:
     collective_s: float = 600.0
     patience_s: float = PATIENCE_S
     lease_s: float = STALE_S
+    straggler: float = 1.5
+    straggler_every: int = 100
     save_retries: int = 2
     read_retries: int = 3
     rebuilds: int = 3
@@ -42,10 +47,13 @@ class Failures:
         """Values outside their range."""
         seconds = {**self.limits, "lease_s": self.lease_s}
         counts = {name: getattr(self, name) for name in ("save_retries", "read_retries", "rebuilds")}
-        return [
-            *(Problem(f"failures.{key}", s, "a number of seconds above 0") for key, s in seconds.items() if s <= 0),
-            *(Problem(f"failures.{key}", count, "0 or more") for key, count in counts.items() if count < 0),
-        ]
+        wrong = {name: "a number of seconds above 0" for name, value in seconds.items() if value <= 0}
+        wrong |= {name: "0 or more" for name, count in counts.items() if count < 0}
+        if self.straggler != 0 and self.straggler <= 1:
+            wrong["straggler"] = "above 1, or 0 to name no rank"
+        if self.straggler_every < 1:
+            wrong["straggler_every"] = "at least 1 step"
+        return [Problem(f"failures.{name}", getattr(self, name), fix) for name, fix in wrong.items()]
 
     @property
     def limits(self) -> dict[str, float]:

@@ -14,6 +14,7 @@ from parallel.engine import StepResult
 from train.guard import Guard, is_spike, why
 from train.metrics.base import Metrics, Value
 from train.progress import Progress
+from train.stragglers import Stragglers
 from train.throughput import Clock, peak_memory
 
 
@@ -57,6 +58,8 @@ class Monitor:
         guard: what is done about skipped steps.
         copies: ranks that see the same samples (world size / data-parallel ranks).
         device: whose memory is shown.
+        straggler: times the median of its peers' own time per step from which on a rank is named; 0 names none.
+        stages: pipeline stages, whose ranks are peers.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class Monitor:
         guard: Guard,
         copies: int,
         device: torch.device,
+        straggler: float = 0.0,
+        stages: int = 1,
     ):
         self.progress = progress
         self.metrics = metrics
@@ -88,6 +93,9 @@ class Monitor:
         self._pending: _Pending | None = None
         # Small sums of every step; their own group, so that they never interleave with the step's collectives.
         self._group = dist.new_group(backend="gloo")
+        self._stragglers = Stragglers(straggler, stages, self._group) if straggler else None
+        self._data = (0, 0.0)
+        """(steps, seconds of waiting for data) at the last look at the ranks' own times."""
         self._marks = [(self._training_s(), progress.tokens)]
         """(seconds of training, tokens) at the start and after each step that was read."""
         self._line = self._marks[0]
@@ -120,6 +128,15 @@ class Monitor:
         agreed = dist.all_reduce(shared, group=self._group, async_op=True)
         assert agreed is not None
         self._pending = _Pending(step, learning_rate, self._training_s(), names, figures, copied, shared, agreed)
+        self._look(step)
+
+    def _look(self, step: int) -> None:
+        """Where a step was profiled, compare the ranks' own times."""
+        own_s, self.clock.own_s = self.clock.own_s, None
+        if own_s is None or self._stragglers is None:
+            return
+        (steps, data_s), self._data = self._data, (step, self.clock.seconds["data"])
+        self._stragglers.look(own_s + (self._data[1] - data_s) / (step - steps))
 
     def flush(self) -> None:
         """Read what is pending, so that `progress` is that of the last step."""
@@ -132,6 +149,8 @@ class Monitor:
         if pending.copied is not None:
             pending.copied.synchronize()
         pending.agreed.wait()
+        for text in self._stragglers.read() if self._stragglers else ():
+            self.metrics.alert("straggler", text)
         figures = dict(zip(pending.names, pending.figures.tolist(), strict=True))
         tokens, samples, stop = pending.shared.tolist()
         self.stop = self.stop or stop > 0

@@ -207,6 +207,7 @@ class Session:
         self.stack.callback(metrics.close, {})
         if self.world.size > 1:  # alone there is nothing to communicate with
             self.clock.profiled_step = progress.step + PROFILED_STEP
+            self.clock.profiled_every = config.failures.straggler_every if config.failures.straggler else 0
         monitor = Monitor(
             progress,
             metrics,
@@ -217,6 +218,8 @@ class Session:
             guard=config.guard,
             copies=self.world.size // self.engine.dp_size,
             device=self.world.device,
+            straggler=config.failures.straggler if self.world.size > 1 else 0.0,
+            stages=config.parallel.pp,
         )
         validation = Validation(
             self.engine,

@@ -99,6 +99,10 @@ class Clock:
         self.seconds: dict[str, float] = defaultdict(float)
         self.start = time.perf_counter() - age_s
         self.profiled_step = profiled_step
+        self.profiled_every = 0
+        """Steps after which another one is profiled; 0 never."""
+        self.own_s: float | None = None
+        """Seconds of the step that was just profiled in which this rank did not wait for others."""
         self.spans: list[list[tuple[int, float]]] = []
         """Steps that were trained in one go: (steps done, seconds of training until then), first and last and some of
         those between, the older the fewer. Going back to an earlier step begins another span."""
@@ -137,12 +141,17 @@ class Clock:
         """Around one training step, the `number`-th from 0; the one that was chosen runs under the profiler."""
         if not self.spans or self.spans[-1][-1][0] != number:
             self.spans.append([(number, self.spans[-1][-1][1] if self.spans else 0.0)])
-        with self._profiled() if number == self.profiled_step else nullcontext():
+        with self._profiled() if self._is_profiled(number) else nullcontext():
             yield
         span = self.spans[-1]
         span.append((number + 1, self.trained_s()))
         if len(span) > MARKS:
             del span[1 : MARKS // 2 : 2]
+
+    def _is_profiled(self, number: int) -> bool:
+        if self.profiled_step is None or number < self.profiled_step:
+            return False
+        return number == self.profiled_step or (self.profiled_every > 0 and number % self.profiled_every == 0)
 
     @contextmanager
     def _profiled(self) -> Iterator[None]:
@@ -156,7 +165,9 @@ class Clock:
             _synchronise(self._device)
             took = time.perf_counter() - start
         with self.on("profile"):
-            self._communication = exposed_communication(profile.function_events or [], self._device.type) / took
+            waited = exposed_communication(profile.function_events or [], self._device.type)
+            self._communication = waited / took
+            self.own_s = took - waited
 
     def trained_s(self) -> float:
         """Seconds of training steps until now: data, compute and communication."""

@@ -88,6 +88,7 @@ def test_a_save_that_fails_is_tried_again_at_the_next_due_step(corpus, tmp_path,
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_too_often_ends_the_run(corpus, tmp_path):
     settings = (*TWO, "failures.save_retries=1")
     assert run_ranks(2, train, corpus, tmp_path / "run", settings, fail_two_saves) == [1, 1]

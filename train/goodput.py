@@ -10,10 +10,10 @@ the wall time of a run, over all its restarts:
     lost       lost: steps that were trained again, or would have to be; skipped: steps that changed nothing;
                down: from the last sign of life of an attempt to the start of the next one
 
-Goodput = useful seconds / wall time since the first attempt began: "the time spent computing useful new steps over the
-elapsed time of the training job" (Gemini Team 2023, arXiv:2312.11805, section 3); the effective training time ratio of
-Kokolis et al. 2024 (arXiv:2410.21680), without the first queue; the runtime goodput of Wongpanich et al. 2025
-(arXiv:2502.06982), whose program goodput is the MFU of train.throughput.
+Goodput = useful seconds / wall time since the first attempt began: useful new steps over elapsed time, as the Gemini
+Team 2023 (arXiv:2312.11805) counts; the effective training time ratio of Kokolis et al. 2024 (arXiv:2410.21680) without
+the first queue; the runtime goodput of Wongpanich et al. 2025 (arXiv:2502.06982), whose program goodput is about the
+MFU of train.throughput.
 """
 
 import json

@@ -109,7 +109,7 @@ def check(config: SlurmConfig, command: Sequence[str]) -> Run:
         run_dir = answer.run_dir
         if answer.problem:
             found.append(
-                Problem("command", command[0], f"would not start on {ranks} ranks:\n{_indented(answer.problem)}")
+                Problem("command", command[0], f"would not start on {ranks} ranks:\n{indented(answer.problem)}")
             )
         elif not run_dir:
             found.append(Problem("command", command[0], "has no run_dir, and by its artifact a job is judged"))
@@ -238,5 +238,5 @@ def resume(directory: Path, overrides: Sequence[str]) -> str:
     return submit(config, asdict(config), record.command)
 
 
-def _indented(text: str) -> str:
+def indented(text: str) -> str:
     return "\n".join(f"      {line}" for line in text.splitlines())

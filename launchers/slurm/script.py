@@ -36,7 +36,9 @@ KILLED = (137, 138, 140, 143)
 AGAIN = "|".join(map(str, (STOPPED_EARLY, LOST, *KILLED)))
 
 BEFORE = """\
-logs="$1/{logs}" codes="$1/{logs}/codes-$SLURM_JOB_ID"
+job=$SLURM_JOB_ID  # of one element of an array it is the number of the whole array
+[ -z "$SLURM_ARRAY_JOB_ID" ] || job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
+logs="$1/{logs}" codes="$1/{logs}/codes-$job"
 rm -rf "$codes"
 mkdir -p "$codes"
 trap : TERM  # the ranks hear it too: their end is waited for"""
@@ -52,7 +54,7 @@ case $code in
     [ -f "$1/{manifest}" ] || {{ echo "error: every rank ended with 0, but $1/{manifest} is not there"; code=1; }} ;;
 {again})
     if [ -e "$logs/{cancelled}" ]; then
-        scancel "$SLURM_JOB_ID"
+        scancel "$job"
     else
         newest=$(ls "$1/{checkpoints}" 2>/dev/null | grep -E '^step-[0-9]+$' | sort | tail -n 1)
         read -r count before 2>/dev/null <"$logs/{in_vain}"
@@ -60,7 +62,7 @@ case $code in
         if [ "${{count:-0}}" -lt {requeues} ]; then
             echo "$((${{count:-0}} + 1)) $newest" >"$logs/{in_vain}"
             echo "the ranks ended with $code: start $((${{SLURM_RESTART_COUNT:-0}} + 2)) follows"
-            scontrol requeue "$SLURM_JOB_ID"
+            scontrol requeue "$job"
         else
             echo "error: the ranks ended with $code, {requeues} requeues (requeues) brought no new checkpoint"
         fi

@@ -215,6 +215,36 @@ def test_a_chain_goes_on_without_the_lifecycle_which_joins_it_later(life, slurm)
     assert before == {name: jobs.Record.read(life.root / name).jobs for name in ("b", "c")}, "no second job"
 
 
+# A sweep.
+
+
+def multirun(root: Path, *settings: str) -> subprocess.CompletedProcess:
+    asked = ["hydra/launcher=slurm", "hydra.launcher.poll_s=0.2", f"run_dir={root}/sweep", *settings]
+    given = [sys.executable, "-m", "dummy_stage", "-m", *asked]
+    return subprocess.run(given, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_a_multirun_is_one_array_and_a_run_that_fails_fails_its_element(slurm, patch, tmp_path):
+    answer = multirun(tmp_path, "behaviour=well,fails,early once")
+    assert answer.returncode == 1 and "Traceback" not in answer.stderr
+    (number,) = re.findall(r"job (\d+): 3 runs in", answer.stdout)
+    for element, (state, restarts) in enumerate([("COMPLETED", "0"), ("FAILED", "0"), ("COMPLETED", "1")]):
+        directory = tmp_path / "sweep" / str(element)
+        fields = slurm.job(f"{number}_{element}")
+        assert (fields["JobState"], fields["Restarts"]) == (state, restarts)
+        assert (directory / "manifest.json").exists() == (state == "COMPLETED")
+    assert re.search(r"1: behaviour=fails: FAILED; see .*sweep/1/logs", answer.stdout)
+    assert multirun(tmp_path, "behaviour=well").returncode == 0
+
+
+def test_a_multirun_of_which_one_would_be_refused_starts_none(slurm, patch, tmp_path):
+    answer = multirun(tmp_path, "value=1,-1", "hydra.launcher.partition=hihg")
+    assert answer.returncode == 1 and not (tmp_path / "sweep").exists()
+    assert "2 problems" in answer.stderr and "value=-1: 0 or more" in answer.stderr
+    assert "hydra.launcher.partition=hihg: there is no such partition; did you mean high?" in answer.stderr
+
+
 # What is refused.
 
 

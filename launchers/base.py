@@ -91,3 +91,12 @@ class Queue(Launcher, Protocol):
         """Put stages into the queue, each behind those it needs; none that is there already. Returns what the queue
         calls each."""
         ...
+
+    def together(self, name: str, stages: Sequence[Ahead], at_once: int) -> str:
+        """Put stages into the queue that wait for no other, as one job with an element for each; none that is there
+        already. Returns what the queue calls it; an empty text where all were there.
+
+        Args:
+            at_once: elements that may run at the same time.
+        """
+        ...

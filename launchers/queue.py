@@ -16,7 +16,7 @@ from conf.registry import register
 from launchers.base import DONE, LOST, STOPPED_EARLY, Ahead, Ended, Output
 from launchers.slurm import cluster, jobs
 from launchers.slurm.resources import Resources, SlurmConfig
-from launchers.slurm.script import CANCELLED, KILLED, Batch, Run
+from launchers.slurm.script import CANCELLED, KILLED, LOGS, Batch, Run
 
 RECENT_BYTES = 1 << 16
 """Of what the ranks of a job printed before it was joined."""
@@ -75,6 +75,23 @@ class Slurm(Resources):
             numbers[stage.name] = _ahead[stage.directory].number
         return {name: f"job {number}" for name, number in numbers.items()}
 
+    def together(self, name: str, stages: Sequence[Ahead], at_once: int) -> str:
+        if found := self._cluster_problems(stages):
+            raise ConfigError(found)
+        new = [stage for stage in stages if not jobs.live_job(stage.directory)]
+        if not new:
+            return ""
+        nodes, resources = self._size(new[0].processes)
+        runs = [Run(stage.directory, list(stage.command)) for stage in new]
+        before = [_sizes(run) for run in runs]
+        folder = runs[0].directory.parent / LOGS
+        number = Batch(resources, nodes, runs, name, folder, at_once=at_once).submit()
+        for element, run in enumerate(runs):
+            own = f"{number}_{element}" if len(runs) > 1 else number
+            self._keep(run, own, nodes, resources)
+            _ahead[run.directory] = SlurmJob(own, run, before[element])
+        return f"job {number}"
+
     def _cluster_problems(self, stages: Sequence[Ahead]) -> list[Problem]:
         found: list[Problem] = []
         for stage in stages:
@@ -96,9 +113,12 @@ class Slurm(Resources):
         run = Run(stage.directory, list(stage.command))
         before = _sizes(run)
         number = Batch(resources, nodes, [run], stage.name, run.logs, after=after).submit()
+        self._keep(run, number, nodes, resources)
+        return SlurmJob(number, run, before)
+
+    def _keep(self, run: Run, number: str, nodes: int, resources: Resources) -> None:
         settings = {key: value for key, value in asdict(resources).items() if key not in ("detach", "poll_s")}
         jobs.Record.add(run, asdict(SlurmConfig(**settings, nodes=nodes)), number)
-        return SlurmJob(number, run, before)
 
 
 @dataclass

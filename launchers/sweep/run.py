@@ -8,15 +8,16 @@ import difflib
 import shlex
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conf import secrets
 from conf.errors import LongrunError
-from data_pipeline.artifact import ArtifactError
+from data_pipeline.artifact import MANIFEST, ArtifactError
 from launchers import preflight
-from launchers.base import DONE, LOST, STOPPED_EARLY, Ended, Running
+from launchers.base import DONE, LOST, STOPPED_EARLY, Ahead, Ended, Queue, Running
 from launchers.display import Display
 from launchers.interrupts import KILLED, heeded
 from launchers.restarts import CHECKPOINTS, Restarts
@@ -66,6 +67,19 @@ class Attempt:
         return self.earlier_s + time.monotonic() - self.started_s
 
 
+class Over:
+    """In the place of the processes of a trial that is done."""
+
+    def poll(self) -> Ended:
+        return Ended(DONE)
+
+    def stop(self) -> None:
+        pass
+
+    def kill(self) -> None:
+        pass
+
+
 class Sweep:
     """Runs a sweep in a directory that this process holds."""
 
@@ -79,6 +93,7 @@ class Sweep:
         self.redacted = secrets.redactor()
         self.groups: list[str] = []
         self.running: dict[int, Attempt] = {}
+        self.at_once = config.concurrent
         self.stop_requests = 0
         self.failures = 0
         self.fatal = ""
@@ -126,7 +141,17 @@ class Sweep:
         record.check_same(self.root, self.config)
         self.book = Book(self.root, self.config, self.space)
         record.write(self.root, self.config, self.book)
-        waiting = deque(self.book.unfinished())
+        waiting = deque(trial for trial in self.book.unfinished() if not self._on_its_way_out(trial))
+        queue = self.config.launcher
+        if isinstance(queue, Queue) and self.config.search.independent:
+            while len(self.book.outcomes()) < self.trials:
+                waiting.append(self.book.propose())
+            self._put_into(queue, waiting)
+            if queue.detach and any(not self._is_done(trial) for trial in waiting):
+                record.write(self.root, self.config, self.book)
+                self.display.say("The trials go on without this process; the same command later looks on.")
+                return DONE
+            self.at_once = max(1, len(waiting))  # the queue sees to the limit
         with heeded(self._interrupted):
             while True:
                 self._start_what_can_be(waiting)
@@ -137,8 +162,27 @@ class Sweep:
                 time.sleep(POLL_S)
         return self._conclude()
 
+    def _put_into(self, queue: Queue, trials: Iterable["Trial"]) -> None:
+        ahead = []
+        for trial in trials:
+            call, directory = self.call(trial.number, trial.params), self.directory(trial.number).resolve()
+            if not self._is_done(trial):
+                ahead.append(Ahead(directory.name, directory, call, self.config.processes, [], False))
+        if ahead and (job := queue.together(self.config.name, ahead, self.config.concurrent)):
+            self.display.say(f"{job}: {len(ahead)} trials")
+
+    def _is_done(self, trial: "Trial") -> bool:
+        return (self.directory(trial.number) / MANIFEST).exists()
+
+    def _on_its_way_out(self, trial: "Trial") -> bool:
+        """Whether it was to be ended when the sweep was killed; it is now."""
+        ending = bool(self.book.outcome(trial).curve) and self.book.falls_behind(trial)
+        if ending:
+            self.book.prune(trial)
+        return ending
+
     def _start_what_can_be(self, waiting: "deque[Trial]") -> None:
-        while len(self.running) < self.config.concurrent and not self._over():
+        while len(self.running) < self.at_once and not self._over():
             if waiting:
                 self._start(waiting.popleft())
             elif len(self.book.outcomes()) < self.trials:
@@ -152,9 +196,6 @@ class Sweep:
 
     def _start(self, trial: "Trial") -> None:
         earlier = self.book.outcome(trial)
-        if earlier.curve and self.book.falls_behind(trial):  # it was on its way out when the sweep was killed
-            self.book.prune(trial)
-            return
         self.book.failed(trial, "")
         log = self.root / "logs" / f"{trial.number:03d}.log"
         log.parent.mkdir(exist_ok=True)
@@ -163,6 +204,9 @@ class Sweep:
         attempt = Attempt(trial, figures, log, earlier.seconds, set(earlier.curve), restarts)
         self.running[trial.number] = attempt
         again = ", again" if self.directory(trial.number).exists() else ""
+        if self._is_done(trial):  # while no sweep looked on
+            attempt.running = Over()
+            return
         self._say(trial, f"starts{again}: {' '.join(settings(trial.params))}", style="bold cyan")
         self._launch(attempt)
 

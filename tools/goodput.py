@@ -64,7 +64,8 @@ def show(name: str, found: Account) -> None:
     from rich.table import Table
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)  # a file is not folded
-    attempts = Table(title=f"{name}: {found.headline()}", title_justify="left", title_style="bold")
+    console.print(f"{name}: {found.headline()}", style="bold", soft_wrap=True, markup=False)
+    attempts = Table()
     for heading in ("attempt", "began", "host", "job", "ranks", "steps", "lost", "skipped", "down", "wall", "useful"):
         attempts.add_column(heading, justify="left" if heading in ("began", "host") else "right")
     attempts.add_column("exit")

@@ -52,7 +52,7 @@ def machines(*settings: list[str]) -> list[list[str]]:
 def alone(corpus, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("alone") / "run"
     codes, shown = together([sys.executable, *TRAIN, f"data.path={corpus}", f"run_dir={run_dir}"])
-    assert codes == [0], shown
+    assert codes == [0], shown[0][-4000:]
     assert "alone: 1 process, cpu" in shown[0]
     return run_dir
 
@@ -89,7 +89,7 @@ def test_srun_makes_one_run_of_two_nodes_with_the_losses_of_one_process(slurm: C
     slurm.clear()
     settings = [f"data.path={corpus}", f"run_dir={tmp_path}/run", "parallel.dp_shard=4", "parallel.zero=3"]
     codes, shown = together(srun(sys.executable, *TRAIN, *settings))
-    assert codes == [0], shown
+    assert codes == [0], shown[0][-4000:]
     assert "srun: 4 processes on 2 machines, cpu" in shown[0] and "(of the job's number), gloo over lo" in shown[0]
     assert_same_losses(tmp_path / "run", alone)
 
@@ -110,7 +110,7 @@ def test_a_burn_in_has_a_line_for_each_node(slurm: Cluster, corpus, tmp_path):
     settings = [f"data.path={corpus}", f"run_dir={tmp_path}/run", "parallel.dp_shard=2", "parallel.tp=2"]
     command = [sys.executable, "-m", "train", "stage=preflight", *small, "preflight.share=0.001", *settings]
     codes, shown = together(srun(*command))
-    assert codes == [0], shown
+    assert codes == [0], shown[0][-4000:]
     lines = [line.split()[:2] for line in shown[0].splitlines()]
     assert ["n1", "0-1"] in lines and ["n2", "2-3"] in lines
     assert json.loads((tmp_path / "run" / "preflight.json").read_text())["machines"] == 2

@@ -3,6 +3,7 @@
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +39,8 @@ def measure(site: Site) -> list[str] | None:
         own = site.directory / f"{TOKEN}-{site.world.rank}"
         problems += _problems_of(lambda: _write(own), site.directory)
         temporary = Path(tempfile.gettempdir())
-        problems += _problems_of(lambda: _write(temporary / f"{TOKEN}-{os.getpid()}"), temporary)
+        # Machines may share it, and in containers their processes have the same numbers.
+        problems += _problems_of(lambda: _write(temporary / f"{TOKEN}-{uuid.uuid4().hex}"), temporary)
     dist.barrier()
     if site.world.rank == 0:
         written.unlink(missing_ok=True)

@@ -39,6 +39,7 @@ def on_two_machines(corpus: Path, shared: Path, own: Path) -> list[Finding]:
     rank = int(os.environ["RANK"])
     os.environ["LOCAL_RANK"] = "0"
     world = distributed.start()
+    os.getpid = lambda: 17  # so it is where machines are containers
     config = configured(corpus, shared, "parallel.dp_shard=3")
     socket.gethostname = lambda: f"n{rank}"
     if rank == 1:

@@ -47,7 +47,8 @@ class StepResult:
         weight: the number of terms.
         grad_norm: global gradient norm before clipping; nan for an evaluation.
         skipped: 1 where the update was left out because loss or norm was not finite, or a spike.
-        metrics: the objective's other means.
+        metrics: the objective's other means; where the gradients were computed twice, also `differing`: on how many
+            ranks they were not the same.
     """
 
     loss: Tensor
@@ -71,6 +72,8 @@ class Settings:
         skip_spikes: leave out a step whose loss or gradient norm is so many standard deviations above the mean of the
             last `spike_window` steps; 0 leaves out only those that are not finite.
         spike_window: steps.
+        repeat_every: steps between those whose gradients are computed twice, and that are left out where the two differ
+            in a bit; 0 never.
     """
 
     precision: str = "auto"
@@ -81,6 +84,7 @@ class Settings:
     seed: int = 0
     skip_spikes: float = 0.0
     spike_window: int = 128
+    repeat_every: int = 0
 
 
 def nothing() -> None:

@@ -32,6 +32,11 @@ class Statistics:
         self.anywhere = any(everywhere)
         self.names: list[str] | None = None
 
+    def forget(self) -> None:
+        """Begin the step anew."""
+        for module in self.modules:
+            module.statistics()  # type: ignore[operator]
+
     def settle(self, taken: Tensor) -> dict[str, Tensor]:
         """End a step: the mean of each of the modules' figures over all modules, on every rank."""
         if not self.anywhere:

@@ -3,6 +3,7 @@
     kind        what it is                                                  found by
     nonfinite   a loss or gradient norm that is NaN or infinite             every step, before its update
     spike       one far above those of the last steps                       every step, before its update
+    computation gradients that come out otherwise when they are computed again   every so many steps, before the update
     memory      state that changed between two updates                      fingerprints after one and before the next
     replicas    ranks that should hold the same weights or moments do not   fingerprints compared over ranks
 
@@ -29,7 +30,8 @@ from parallel.verdict import spans
 T = TypeVar("T")
 
 SKIP, ROLL_BACK, STOP = "skip", "roll_back", "stop"
-NONFINITE, SPIKE, MEMORY, REPLICAS = "nonfinite", "spike", "memory", "replicas"
+NONFINITE, SPIKE, COMPUTATION = "nonfinite", "spike", "computation"
+MEMORY, REPLICAS = "memory", "replicas"
 SHOWN = 3
 """Tensors that a message names."""
 
@@ -38,7 +40,7 @@ class FaultError(LongrunError):
     """A silent fault; the message says which, where it can be told on which rank and host, and in which tensor.
 
     Args:
-        kind: nonfinite, spike, memory or replicas.
+        kind: nonfinite, spike, computation, memory or replicas.
         step: the step after which it was found, or that it befell.
         text: the message.
     """
@@ -68,6 +70,9 @@ class Guard:
             before the first is judged.
         spike_window: steps.
         max_skipped: steps in a row that "skip" leaves out, for whichever reason, before the run stops.
+        computation: about a step whose gradients were computed twice and differ in a bit.
+        repeat_every: steps between those that are computed twice; 0 none: it costs as much as a step. Needs
+            stage.deterministic. Only what goes wrong in one of the two passes is seen.
         memory: about weights, moments, averages or counters that change while nobody writes them; cannot be skipped.
         replicas: about ranks that should hold the same of these and do not; cannot be skipped.
         every: steps between the patrols that look for both; also before every checkpoint; 0 never. Replicas stay
@@ -81,6 +86,8 @@ class Guard:
     spike_strength: float = 0.0
     spike_window: int = 128
     max_skipped: int = 8
+    computation: str = ROLL_BACK
+    repeat_every: int = 0
     memory: str = ROLL_BACK
     replicas: str = ROLL_BACK
     every: int = 10
@@ -89,36 +96,43 @@ class Guard:
     def problems(self, config: Any, world_size: int) -> list[Problem]:
         """Values outside their range."""
         found = []
-        for kind in (NONFINITE, SPIKE, MEMORY, REPLICAS):
-            answers = (SKIP, ROLL_BACK, STOP) if kind in (NONFINITE, SPIKE) else (ROLL_BACK, STOP)
+        for kind in (NONFINITE, SPIKE, COMPUTATION, MEMORY, REPLICAS):
+            answers = (ROLL_BACK, STOP) if kind in (MEMORY, REPLICAS) else (SKIP, ROLL_BACK, STOP)
             if getattr(self, kind) not in answers:
                 found.append(Problem(f"guard.{kind}", getattr(self, kind), f"one of {', '.join(answers)}"))
-        for key in ("spike_strength", "max_skipped", "every", "max_roll_backs"):
+        for key in ("spike_strength", "max_skipped", "repeat_every", "every", "max_roll_backs"):
             if getattr(self, key) < 0:
                 found.append(Problem(f"guard.{key}", getattr(self, key), "must be at least 0"))
         if self.spike_window < 2:
             found.append(Problem("guard.spike_window", self.spike_window, "must be at least 2; 128 is usual"))
+        if self.repeat_every > 0 and not getattr(config.stage, "deterministic", True):
+            fix = "computes the same bits twice only with stage.deterministic=true"
+            found.append(Problem("guard.repeat_every", self.repeat_every, fix))
+        if self.repeat_every > 0 and not getattr(config.engine, "repeats", False):
+            found.append(Problem("guard.repeat_every", self.repeat_every, "needs engine=native; use 0 with others"))
         return found
 
     def skipped(self, step: int, figures: Mapping[str, float], in_a_row: int) -> None:
         """Judge a step that all ranks left out.
 
         Args:
-            figures: its `loss` and `grad_norm`.
+            figures: its `loss` and `grad_norm`, and `differing`, where it was computed twice.
             in_a_row: steps left out up to this one.
 
         Raises:
             FaultError: the policy is another than to skip it, or too many were skipped.
         """
-        kind = SPIKE if is_spike(figures) else NONFINITE
+        kind = kind_of(figures)
         if getattr(self, kind) == SKIP and in_a_row <= self.max_skipped:
             return
         text = f"step {step} was left out, {why(figures)}"
         advice = "Lower the learning rate (optim, schedule) or stage.clip, or look at the data of that step"
-        advice += ", or raise guard.spike_strength." if kind == SPIKE else "."
+        advice += ", or raise guard.spike_strength" if kind == SPIKE else ""
+        if kind == COMPUTATION:
+            advice = "A device computes wrongly, now and then: look for it with stage=preflight"
         if getattr(self, kind) == SKIP:
             text = f"{text}; it is number {in_a_row} in a row, and guard.max_skipped={self.max_skipped}"
-        raise FaultError(kind, step, f"{text}. {advice}")
+        raise FaultError(kind, step, f"{text}. {advice}.")
 
     def rolls_back(self, kind: str) -> bool:
         """Whether such a fault is a reason to go back; else it ends the run."""
@@ -151,14 +165,20 @@ class Guard:
         raise FaultError(fault.kind, fault.step, f"{fault} {reason}")
 
 
-def is_spike(figures: Mapping[str, float | int | str]) -> bool:
+def kind_of(figures: Mapping[str, float | int | str]) -> str:
     """Why a step was left out: a spike has figures."""
-    return math.isfinite(float(figures["loss"])) and math.isfinite(float(figures["grad_norm"]))
+    if float(figures.get("differing", 0)) > 0:
+        return COMPUTATION
+    finite = math.isfinite(float(figures["loss"])) and math.isfinite(float(figures["grad_norm"]))
+    return SPIKE if finite else NONFINITE
 
 
 def why(figures: Mapping[str, float | int | str]) -> str:
     """The same in words, with the figures."""
-    reason = "far above those before" if is_spike(figures) else "not finite"
+    kind = kind_of(figures)
+    if kind == COMPUTATION:
+        return f"computed twice, its gradients differ on {figures['differing']:.0f} rank(s)"
+    reason = "far above those before" if kind == SPIKE else "not finite"
     return f"loss or gradient norm {reason}: loss {figures['loss']:.4g}, norm {figures['grad_norm']:.4g}"
 
 

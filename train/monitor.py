@@ -11,7 +11,7 @@ from torch import Tensor
 from data_pipeline.batch import MicroBatch
 from parallel import distributed
 from parallel.engine import StepResult
-from train.guard import Guard, is_spike, why
+from train.guard import SPIKE, Guard, kind_of, why
 from train.metrics.base import Metrics, Value
 from train.progress import Progress
 from train.stragglers import Stragglers
@@ -183,7 +183,7 @@ class Monitor:
         }
         if skipped:
             line["skipped"] = 1
-            line["spike"] = int(is_spike(line))
+            line["spike"] = int(kind_of(line) == SPIKE)
         self.last = line
         self.metrics.log(pending.step, line)
         if skipped:

@@ -48,6 +48,8 @@ IRRELEVANT = (
     "guard.nonfinite",
     "guard.spike",
     "guard.max_skipped",
+    "guard.computation",
+    "guard.repeat_every",
     "guard.memory",
     "guard.replicas",
     "guard.every",

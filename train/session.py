@@ -149,8 +149,9 @@ class Session:
             FaultError: one that the guard does not roll back, or not again; names the last checkpoint.
             PublishError: there is no room for the model.
         """
+        rates = self._rates()
         while True:
-            loop = self._loop(signals)
+            loop = self._loop(signals, rates)
             self.clock.turn("compute")
             try:
                 with self._watched(loop):
@@ -159,8 +160,7 @@ class Session:
             except FaultError as fault:
                 self.clock.turn("guard")
                 loop.monitor.metrics.alert("fault", str(fault))
-                loop.monitor.metrics.close({})
-                loop.loader.close()
+                self.opened.close()
                 self.checkpoints.wait()
                 self._answer(fault)
                 self.progress.seconds = loop.earlier_s  # the clock has gone on
@@ -200,11 +200,12 @@ class Session:
         self._say(f"fault: {fault} Rolled back to {self.checkpoints.path(progress.step)}.")
         self.progress = self.ledger.progress = progress
 
-    def _loop(self, signals: StopSignals) -> Loop:
+    def _loop(self, signals: StopSignals, rates: Rates) -> Loop:
         stage, config, progress = self.stage, self.config, self.progress
+        self.opened = self.stack.enter_context(ExitStack())  # closed when the run goes back
         run = Run(config.name, self.directory, self.resolved, stage.steps, progress.step, self.start.inputs)
         metrics = Metrics(config.logger if self.first else {}, run, config.watching.close_s)
-        self.stack.callback(metrics.close, {})
+        self.opened.callback(metrics.close, {})
         if self.world.size > 1:  # alone there is nothing to communicate with
             self.clock.profiled_step = progress.step + PROFILED_STEP
             self.clock.profiled_every = config.failures.straggler_every if config.failures.straggler else 0
@@ -212,7 +213,7 @@ class Session:
             progress,
             metrics,
             self.clock,
-            self._rates(),
+            rates,
             steps=stage.steps,
             log_every=stage.log_every,
             guard=config.guard,
@@ -260,7 +261,7 @@ class Session:
             prepare=self._prepare(),
             retries=self.config.failures.read_retries,
         )
-        self.stack.callback(loader.close)
+        self.opened.callback(loader.close)
         return loader
 
     def _prepare(self) -> Callable[[MicroBatch], MicroBatch]:

@@ -9,7 +9,7 @@ Shape suffixes: B sequences, L tokens, l tokens of this rank, N features.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from conf.errors import LongrunError
 from conf.registry import register
 from parallel import determinism
+from parallel.checksums import Checksums
 from parallel.decode import Decoding
 from parallel.distributed import World
 from parallel.ema import Average
@@ -51,6 +52,7 @@ class Native:
     """
 
     ema_debias: bool = True
+    repeats: ClassVar[bool] = True
 
     def build(
         self,
@@ -132,6 +134,7 @@ class NativeEngine:
         self._metrics: dict[type, list[str]] = {}
         self.statistics = Statistics([part.model for part in self.parts], mesh)
         self.spikes = Spikes(settings.skip_spikes, settings.spike_window, self.device)
+        self.checksums = Checksums(self.device)
         self.steps = torch.zeros((), dtype=torch.int64)  # on the CPU: reading it waits for nobody
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -154,12 +157,16 @@ class NativeEngine:
         """Forward, backward, clip, update; see `Engine.train_step`."""
         for part in self.parts:
             part.model.train()
-        sums = self._pass(micro_batches, objective, training=True)
-        self.placement.add_up()
+        sums = self._gradients(micro_batches, objective)
+        every = self.settings.repeat_every
+        repeated = {"differing": self._differing(sums, micro_batches, objective)} if self._due(every) else {}
         self.before_update()
-        totals = self._totals(sums, objective, squares=self._squares())
+        totals = self._totals(sums, objective, squares=self._squares(), **repeated)
         loss, metrics = means(totals)
         norm = (totals["squares"].sqrt() / totals["weight"]).float()
+        if repeated:
+            metrics["differing"] = totals["differing"].float()
+            norm = norm.where(totals["differing"] == 0, torch.nan)
         skipped = self.spikes.judge(loss, norm)
         clip = self.settings.clip
         share = (clip / (norm + 1e-6)).clamp(max=1) if clip else torch.ones_like(norm)
@@ -168,6 +175,26 @@ class NativeEngine:
             self.ema.update(skipped)
         self.steps += 1
         return StepResult(loss, totals["weight"], norm, skipped, metrics | self.statistics.settle(1 - skipped))
+
+    def _gradients(self, micro_batches: Sequence[Any], objective: Any) -> Sums:
+        """Forward and backward, until the gradients are whole; the sums of what this rank answers for."""
+        sums = self._pass(micro_batches, objective, training=True)
+        self.placement.add_up()
+        return sums
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and int(self.steps) % every == 0
+
+    def _differing(self, sums: Sums, micro_batches: Sequence[Any], objective: Any) -> Tensor:
+        """Compute the gradients once more: 1 where they, or the sums, have other bits than before."""
+        before_T = self._bits(sums)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.statistics.forget()
+        return (self._bits(self._gradients(micro_batches, objective)) != before_T).any().double()
+
+    def _bits(self, sums: Sums) -> Tensor:
+        gradients = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
+        return self.checksums.of([*gradients, *sums.terms.values()])
 
     def _pass(self, micro_batches: Sequence[Any], objective: Any, training: bool) -> Sums:
         """Forward, and backward where training; the sums of what this rank answers for."""

@@ -41,7 +41,8 @@ class Fault:
     """One that befalls a rank.
 
     Args:
-        what: "memory" before the gradients of a step, "replicas" after its update, "gradient" before it.
+        what: "memory" before the gradients of a step, "replicas" after its update, "gradient" before it: NaN, or
+            "computation": one bit.
         step: from 1.
         rank: whom.
         tensor: of the engine's state.
@@ -84,6 +85,8 @@ def faulty(faults: Sequence[Fault]):
         for fault in faults if training else ():
             if fault.befalls("gradient", int(self.steps) + 1):
                 local_of(self.parameters[fault.tensor.removeprefix("model.")].grad).view(-1)[7] = torch.nan
+            if fault.befalls("computation", int(self.steps) + 1):
+                flip(self.parameters[fault.tensor.removeprefix("model.")].grad)
         return sums
 
     NativeEngine.train_step, NativeEngine._pass = train_step, _pass
@@ -111,10 +114,15 @@ def several(corpus: Path, runs: dict[Path, tuple[Sequence[str], Sequence[Fault]]
 
 RUNS = {
     "unguarded": (("guard.every=0",), ()),
-    "guarded": (("guard.every=1",), ()),
+    "guarded": (("guard.every=1", "guard.repeat_every=3"), ()),
     "disturbed": (
-        ("guard.every=1", "guard.nonfinite=roll_back"),
-        (Fault("memory", 6, 1), Fault("replicas", 9, 0, MOMENT), Fault("gradient", 11, 1)),
+        ("guard.every=1", "guard.nonfinite=roll_back", "guard.repeat_every=1"),
+        (
+            Fault("memory", 6, 1),
+            Fault("computation", 8, 1),
+            Fault("replicas", 9, 0, MOMENT),
+            Fault("gradient", 11, 1, times=2),  # in both passes
+        ),
     ),
     "seldom": (("guard.every=100",), (Fault("replicas", 7, 1, MOMENT),)),
     "again": (("guard.every=1",), (Fault("memory", 6, 0, times=2),)),
@@ -128,7 +136,7 @@ def replicated(corpus, tmp_path_factory) -> tuple[Path, list[dict[str, tuple[int
     """Two ranks that hold the same."""
     room = tmp_path_factory.mktemp("guard")
     runs = {room / name: ((*STEPS, *REPLICATED, *settings), faults) for name, (settings, faults) in RUNS.items()}
-    return room, run_ranks(2, several, corpus, runs)
+    return room, run_ranks(2, several, corpus, runs, timeout_s=400)
 
 
 def roll_backs(run_dir: Path) -> float:
@@ -141,21 +149,22 @@ def test_a_guarded_run_is_bit_identical_to_one_that_is_not(replicated):
     assert_same_run(room / "guarded", room / "unguarded")
 
 
-def test_a_run_that_went_back_three_times_is_bit_identical_to_an_undisturbed_one(replicated):
+def test_a_run_that_went_back_four_times_is_bit_identical_to_an_undisturbed_one(replicated):
     room, ended = replicated
     code, said = ended[0]["disturbed"]
     assert code == 0, said
-    assert roll_backs(room / "disturbed") == 3
+    assert roll_backs(room / "disturbed") == 4
     assert_same_run(room / "disturbed", room / "unguarded")
 
 
 def test_what_went_wrong_is_told_with_kind_step_rank_host_and_tensor(replicated):
     said = replicated[1][0]["disturbed"][1]
-    memory, replicas, nonfinite = [line for line in said.splitlines() if line.startswith("fault: ")]
+    memory, computation, replicas, nonfinite = [line for line in said.splitlines() if line.startswith("fault: ")]
     assert "between the updates of steps 5 and 6" in memory and f"{WEIGHT} on rank 1 (on " in memory
     assert "after step 9" in replicas and f"{MOMENT} between rank 0-1 (on " in replicas
     assert "step 11 was left out, loss or gradient norm not finite" in nonfinite
-    assert all("Rolled back to" in line for line in (memory, replicas, nonfinite))
+    assert "step 8 was left out, computed twice, its gradients differ on 1 rank(s)" in computation
+    assert all("Rolled back to" in line for line in (memory, replicas, computation, nonfinite))
 
 
 def test_no_checkpoint_is_written_of_a_state_that_is_not_good(replicated):
@@ -205,8 +214,9 @@ def test_going_back_to_the_same_checkpoint_too_often_ends_the_run():
 
 
 def test_every_policy_out_of_range_is_named_at_once():
-    values = {"nonfinite": "ignore", "spike": "", "memory": "skip", "replicas": "skip", "spike_window": 1}
-    values |= dict.fromkeys(("spike_strength", "max_skipped", "every", "max_roll_backs"), -1)
+    values = {"nonfinite": "ignore", "spike": "", "computation": "", "memory": "skip", "replicas": "skip"}
+    values |= {"spike_window": 1}
+    values |= dict.fromkeys(("spike_strength", "max_skipped", "repeat_every", "every", "max_roll_backs"), -1)
     assert {problem.key for problem in Guard(**values).problems(None, 1)} == {f"guard.{name}" for name in values}
 
 

@@ -87,6 +87,7 @@ class Training(Stage):
             seed=seed,
             skip_spikes=guard.spike_strength,
             spike_window=guard.spike_window,
+            repeat_every=guard.repeat_every,
         )
 
     def problems(self, config: "RunConfig", world_size: int) -> list[Problem]:

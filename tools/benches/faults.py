@@ -2,7 +2,7 @@
 
 Each injection starts from the same state after some steps, flips one random bit of one random element on one random
 rank, and trains on until something is found, or for so many steps; then the state is put back. Everything is looked
-for in every step (guard.every=1, guard.repeat_every=1, guard.spike_strength=6). A bit that changes nothing in the
+for in every step (guard.every=1, guard.spike_strength=6). A bit that changes nothing in the
 end, compared bit by bit with a run that was left alone, had no effect.
 
     weights, moments     at rest, while gradients are computed
@@ -48,7 +48,7 @@ BITS = {
 }
 """Of fp32."""
 TARGETS = ("weights", "moments", "gradients", "activations", "backward")
-GUARD = Guard(spike_strength=6.0, spike_window=32, every=1, repeat_every=1)
+GUARD = Guard(spike_strength=6.0, spike_window=32, every=1)
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,13 @@ class Campaign:
         layout: where the small model of tools.parity is.
         warm_up: steps before the state that injections start from.
         horizon: steps in which a fault may be found.
+        repeat_every: see Guard.
     """
 
-    def __init__(self, layout: Layout, warm_up: int, horizon: int):
+    def __init__(self, layout: Layout, warm_up: int, horizon: int, repeat_every: int):
         self.rank = distributed.start().rank
         self.layout, self.warm_up, self.horizon = layout, warm_up, horizon
-        self.engine = self._engine()
+        self.engine = self._engine(repeat_every)
         self.patrol = Patrol(self.engine, GUARD.every)
         self._before_update = self.engine.before_update
         self.engine.before_update = self._at_rest
@@ -129,7 +130,7 @@ class Campaign:
         """Of blocks, in a step."""
         self.losses, self.end_T = self._undisturbed()
 
-    def _engine(self) -> NativeEngine:
+    def _engine(self, repeat_every: int) -> NativeEngine:
         model = replace(MODEL, layers=2).build(VOCABULARY)
         initialise(model, 0)
         settings = Settings(
@@ -138,7 +139,7 @@ class Campaign:
             ema=0.9,
             skip_spikes=GUARD.spike_strength,
             spike_window=GUARD.spike_window,
-            repeat_every=GUARD.repeat_every,
+            repeat_every=repeat_every,
         )
         return Native().build(model, self.layout, ADAMW.build, world=distributed.start(), settings=settings)
 
@@ -155,7 +156,9 @@ class Campaign:
         share = shares(batch_of(step), self.engine.dp_rank, self.engine.dp_size, self.layout.micro_batches)
         result: StepResult = self.engine.train_step(share, CausalLM(), 1.0)
         figures = {"loss": float(result.loss), "grad_norm": float(result.grad_norm)}
-        found = {kind_of(figures | {"differing": float(result.metrics["differing"])})} if result.skipped else set()
+        found = (
+            {kind_of(figures | {"differing": float(result.metrics.get("differing", 0))})} if result.skipped else set()
+        )
         for _ in range(2):  # memory is told first; replicas are looked at again
             try:
                 self.patrol.check(step + 1, wait=True)
@@ -226,9 +229,9 @@ class Campaign:
         return gradient
 
 
-def campaign(layout: Layout, injections: Sequence[Injection], warm_up: int, horizon: int) -> tuple[list[Outcome], int]:
+def campaign(layout: Layout, injections: Sequence[Injection], *arguments: int) -> tuple[list[Outcome], int]:
     """What became of each, on this rank, and how often something was found where nothing was injected."""
-    rank = Campaign(layout, warm_up, horizon)
+    rank = Campaign(layout, *arguments)
     return [rank.inject(injection) for injection in injections], rank.alarms
 
 
@@ -239,17 +242,21 @@ class Faults:
 
     Args:
         layouts: where; names as those of tools.parity.
+        targets: what is hit.
         injections: of each target and kind of bits, on each layout.
         warm_up: undisturbed steps before them.
         horizon: steps in which a fault may be found.
+        repeat_every: see Guard; 0 shows what is found of computations without computing twice.
         seed: of the choice.
         cost_steps: steps whose time is compared with that of the patrols; 0 measures no cost.
     """
 
     layouts: tuple[str, ...] = ("dp2", "dp2.zero1", "dp2.zero2", "dp2.zero3", "tp2")
+    targets: tuple[str, ...] = TARGETS
     injections: int = 8
     warm_up: int = 24
     horizon: int = 6
+    repeat_every: int = 1
     seed: int = 0
     cost_steps: int = 20
 
@@ -267,12 +274,12 @@ class Faults:
     def chosen(self, ranks: int) -> list[Injection]:
         """The injections on so many ranks: the same for the same seed."""
         dice = random.Random(self.seed)
-        kinds = itertools.product(TARGETS, BITS, range(self.injections))
+        kinds = itertools.product(self.targets, BITS, range(self.injections))
         return [Injection(target, bits, dice.randrange(ranks), dice.getrandbits(32)) for target, bits, _ in kinds]
 
     def outcomes(self, layout: Layout, injections: Sequence[Injection]) -> tuple[list[Outcome], int]:
         """What became of them, and false alarms; all ranks found the same."""
-        arguments = (layout, injections, self.warm_up, self.horizon)
+        arguments = (layout, injections, self.warm_up, self.horizon, self.repeat_every)
         told = run_ranks(layout.world_size, campaign, *arguments, timeout_s=60 + 10 * len(injections))
         assert all(outcomes == told[0][0] for outcomes, _ in told), "ranks that do not find the same"
         return told[0]
@@ -281,7 +288,7 @@ class Faults:
 def _shares(layout: str, injections: Sequence[Injection], outcomes: Sequence[Outcome]) -> dict[str, float]:
     figures: dict[str, float] = {}
     pairs = list(zip(injections, outcomes, strict=True))
-    for target in TARGETS:
+    for target in dict.fromkeys(injection.target for injection in injections):
         of_target = [(injection, outcome) for injection, outcome in pairs if injection.target == target]
         for bits in BITS:
             those = [outcome for injection, outcome in of_target if injection.bits == bits]

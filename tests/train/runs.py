@@ -83,17 +83,7 @@ def begin(
     arguments = [f"stage={stage}", *data, f"run_dir={run_dir}", *SETTINGS, *settings]
     processes, files = [], []
     for rank in range(ranks):
-        variables = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "OMP_NUM_THREADS": "1",
-            **(env or {}),
-        }
+        variables = environment(rank, ranks, store.port) | (env or {})
         log = (logs or run_dir.parent) / f"{run_dir.name}.{time.monotonic_ns()}.{rank}.log"
         own = [*arguments, *last] if rank == ranks - 1 else arguments
         process = context.Process(target=_rank, args=(own, variables, sys.path, str(log)))
@@ -101,6 +91,20 @@ def begin(
         processes.append(process)
         files.append(log)
     return Running(processes, files, store)
+
+
+def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun would tell a rank."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def complete(corpus: Path | None, run_dir: Path, *settings: str, **how: Any) -> str:

@@ -219,14 +219,18 @@ def locked(path: str | Path, stale_s: float = STALE_S) -> Iterator[Lease]:
 
     Raises:
         LiveRunError: another process holds it; names the process.
-        ArtifactError: it cannot be made.
+        ArtifactError: it cannot be made, or not be written.
     """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise ArtifactError(f"{path} cannot be made a directory ({error.strerror}); give another run_dir.") from error
-    with open(path / ".lock", "a+") as stream:
+        opened = open(path / ".lock", "a+")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be made a directory to write in ({error.strerror}). Is its file system mounted, and not "
+            "read-only? Mend that, or give another run_dir."
+        ) from error
+    with opened as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -24,6 +24,8 @@ from train.guard import Guard
 from train.preflight.limits import Preflight
 from train.watching import Watching
 
+RESUME = ("auto", "never", "must")
+
 register("parallel", "layout")(Layout)
 register("failures", "failures")(Failures)
 register("guard", "guard")(Guard)
@@ -68,8 +70,8 @@ class RunConfig:
         seed: of initialisation, data order, dropout and sampling.
         name: the run's name.
         run_dir: the directory that becomes the artifact.
-        resume: "auto" goes on from the newest checkpoint in run_dir that verifies; "never" refuses a directory that
-            holds any.
+        resume: "auto" goes on from the newest checkpoint in run_dir that verifies, or begins; "never" refuses a
+            directory that holds any; "must" one that holds none, as where a file system is not mounted.
         dry_run: check everything, say what would run, and start nothing.
     """
 
@@ -97,7 +99,7 @@ class RunConfig:
 
     def problems(self) -> list[Problem]:
         """Everything wrong with the configuration, found without a process group."""
-        found = [] if self.resume in ("auto", "never") else [Problem("resume", self.resume, "one of auto, never")]
+        found = [] if self.resume in RESUME else [Problem("resume", self.resume, f"one of {', '.join(RESUME)}")]
         # A dry run judges the layout by itself: the machine it is meant for is elsewhere.
         world_size = self.parallel.world_size if self.dry_run else place().size
         parts = ("stage", "model", "data", "engine", "optim", "schedule", "objective")

@@ -44,6 +44,8 @@ IRRELEVANT = (
     "stage.compile",
     "stage.checkpoint_every",
     "stage.keep",
+    "stage.keep_every",
+    "stage.max_failed_saves",
     "stage.log_every",
     "guard.nonfinite",
     "guard.spike",

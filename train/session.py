@@ -91,7 +91,12 @@ class Session:
             held_out = config.data.open("validation", start.tokenizer, config.seed)
         self.inputs = {**start.fingerprints, "samples": samples.fingerprint}
         self.checkpoints = Checkpoints(
-            directory / CHECKPOINTS, every=stage.checkpoint_every, keep=stage.keep, fence=self._fence
+            directory / CHECKPOINTS,
+            every=stage.checkpoint_every,
+            keep=stage.keep,
+            keep_every=stage.keep_every,
+            max_failed=stage.max_failed_saves,
+            fence=self._fence,
         )
         stack.callback(self.checkpoints.close)
         self.engine = config.engine.build(
@@ -206,6 +211,7 @@ class Session:
         run = Run(config.name, self.directory, self.resolved, stage.steps, progress.step, self.start.inputs)
         metrics = Metrics(config.logger if self.first else {}, run, config.watching.close_s)
         self.opened.callback(metrics.close, {})
+        self.checkpoints.alert = metrics.alert
         if self.world.size > 1:  # alone there is nothing to communicate with
             self.clock.profiled_step = progress.step + PROFILED_STEP
             self.clock.profiled_every = config.failures.straggler_every if config.failures.straggler else 0

@@ -15,8 +15,9 @@ import torch
 from conf.errors import LongrunError
 from parallel import distributed
 from tests.ranks import run_ranks
-from train.checkpoint.checkpoints import Checkpoints, DiskFullError, _record
+from train.checkpoint.checkpoints import Checkpoints
 from train.checkpoint.committed import CHECKSUMS, CheckpointError, damage, steps, temporary_of
+from train.checkpoint.saves import DiskFullError, record
 
 
 def state(value: float, size: int = 1000) -> dict[str, torch.Tensor]:
@@ -110,9 +111,9 @@ def _restored(directory):
     return trainer and (trainer["step"], values(found)["model.a"])
 
 
-def flip(file: Path) -> None:
+def flip(file: Path, at: int | None = None, bit: int = 1) -> None:
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content) // 2 if at is None else at] ^= bit
     file.write_bytes(content)
 
 
@@ -224,7 +225,7 @@ def _pickles(directory):
             shutil.copytree(directory / "good", directory / "bad")
             (bad / name).write_bytes(content)
             if name != CHECKSUMS:
-                recorded = {path.name: _record(path) for path in bad.iterdir() if path.name != CHECKSUMS}
+                recorded = {path.name: record(path) for path in bad.iterdir() if path.name != CHECKSUMS}
                 (bad / CHECKSUMS).write_text(json.dumps(recorded))
             found[f"{name} {len(found)}"] = _nothing_good(directory / "bad")
             shutil.rmtree(directory / "bad")
@@ -247,7 +248,7 @@ def _of_an_older_release(directory):
     checkpoint = directory / "step-00000001"
     torch.distributed.checkpoint.save(state(1), checkpoint_id=checkpoint)
     (checkpoint / "trainer.json").write_text('{"step": 1}')
-    (checkpoint / CHECKSUMS).write_text(json.dumps({path.name: _record(path) for path in checkpoint.iterdir()}))
+    (checkpoint / CHECKSUMS).write_text(json.dumps({path.name: record(path) for path in checkpoint.iterdir()}))
     return _nothing_good(directory)
 
 
@@ -360,6 +361,19 @@ def test_what_no_stage_of_a_pipeline_has_is_another_model_to_all_of_them(tmp_pat
 def _retention(directory):
     saved(directory, 1, 2, 3, 4, keep=2)
     return sorted(path.name for path in directory.iterdir())
+
+
+def _milestones(directory):
+    distributed.start()
+    checkpoints = Checkpoints(directory, every=1, keep=1, keep_every=3)
+    for step in range(1, 9):
+        checkpoints.save(step, state(step), {"step": step})
+    checkpoints.wait()
+    return steps(directory)
+
+
+def test_those_that_are_kept_for_good_do_not_count_among_the_newest(tmp_path):
+    assert run_ranks(1, _milestones, tmp_path)[0] == [3, 6, 8]
 
 
 def test_only_the_newest_are_kept(tmp_path):

@@ -17,14 +17,11 @@ CRC-32 because it is the fastest checksum of the standard library; it finds dama
 put other numbers there: no file is a pickle, and none that is one is opened.
 """
 
-import errno
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,47 +31,60 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.storage import WriteResult
 
-from data_pipeline.artifact import write_atomically
 from train.checkpoint import differences
 from train.checkpoint.committed import (
-    CHECKSUMS,
     INDEX,
     TRAINER,
     CheckpointError,
     FencedError,
-    crc32_of,
     damage,
     damaged_of,
     path_of,
     steps,
     temporary_of,
 )
-from train.checkpoint.storage import Reader, Results, Writer
+from train.checkpoint.saves import Commit, Save, final, said
+from train.checkpoint.shelf import Shelf
+from train.checkpoint.storage import Reader
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class DiskFullError(CheckpointError):
-    """The file system has no room for a checkpoint."""
+SLOW_S = 1.0
+"""A wait of the loop for the disk that is worth a word."""
 
 
 class Checkpoints:
     """The checkpoints of one run. Every rank calls every method together.
 
+    A save that fails is told at once, and made up for by the next: training goes on, as what is on disk stays there.
+
     Args:
         directory: where they are; on a file system that all ranks see.
         every: steps between saves; 0 saves only when asked to.
         keep: how many committed ones are left on disk, at least 1.
+        keep_every: those of steps that it divides are left there for good; 0: none.
+        max_failed: saves in a row that may fail.
         fence: called by the first rank before it commits; raises `FencedError` where this run is not to write any more.
+
+    Raises:
+        CheckpointError: some rank cannot write there; names the first, and why.
     """
 
-    def __init__(self, directory: Path, *, every: int, keep: int, fence: Callable[[], None] | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        every: int,
+        keep: int,
+        keep_every: int = 0,
+        max_failed: int = 0,
+        fence: Callable[[], None] | None = None,
+    ):
         self.directory = directory
         self.every = every
-        self.keep = keep
-        self.fence = fence
+        self.max_failed = max_failed
+        self._shelf = Shelf(directory, keep, keep_every, fence)
+        self.alert: Callable[[str, str], None] = lambda kind, text: None
+        """Told what goes wrong: kind ("fault", "stall") and text. Called from any thread, of the first rank."""
         self.stall_s = 0.0
         """Seconds that the loop waited for saves."""
         # Collectives of the writing thread must not interleave with those of the training step.
@@ -86,13 +96,20 @@ class Checkpoints:
                 use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
             )
         )
-        self._pending: _Save | None = None
+        self._pending: Save | None = None
         self._held: int | None = None
         """The step last saved or loaded. Not looked up on disk: ranks on other machines may see that late."""
-        if self._rank == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            for orphan in directory.glob(".step-*"):
-                shutil.rmtree(orphan)
+        self._good: int | None = None
+        """The step last committed or loaded."""
+        self._failed = 0
+        """Saves since then."""
+        self._told_s = SLOW_S
+        reasons = self._gather(self._shelf.clear() if self._rank == 0 else [])
+        if reasons := reasons or self._gather(self._shelf.enter(self._rank)):
+            raise CheckpointError(
+                f"no checkpoint can be written to {directory}: {'; '.join(reasons)}. Is its file system mounted, and "
+                "not read-only? Mend that, or give another run_dir."
+            )
 
     def due(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
@@ -107,61 +124,83 @@ class Checkpoints:
         return found[-1] if found else None
 
     def save(self, step: int, state: dict[str, Tensor], trainer: Mapping[str, Any]) -> None:
-        """Copy the state and return; it is written while training goes on.
+        """Copy the state and return; it is written while training goes on. Waits for the save before, if it must.
 
         Raises:
-            CheckpointError: the save before this one failed.
+            FencedError: another run has taken over the directory.
+            CheckpointError: more saves in a row than allowed have failed, that before this one among them.
         """
-        self.wait()
         start = time.perf_counter()
+        error = self._outcome()
+        if error is not None and (self._failed > self.max_failed or isinstance(error, FencedError)):
+            raise final(error)
         if step != self._held:
-            writer = _Commit(self.directory, step, self._rank, dict(trainer), self.keep, self.fence)
             handle: Any = dcp.async_save(
                 state,
-                storage_writer=writer,
+                storage_writer=Commit(self._shelf, step, self._rank, trainer),
                 process_group=self._group,
                 async_stager=self._stager,
             )
             # Some releases of torch answer with an object that also tells when the copy is done.
+            future = getattr(handle, "upload_completion", handle)
             needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-            self._pending = _Save(step, needed, getattr(handle, "upload_completion", handle))
+            self._pending = save = Save(step, needed, self.directory, self._good, future)
             self._held = step
+            future.add_done_callback(lambda _: self._settle(save))
         self.stall_s += time.perf_counter() - start
 
     def wait(self) -> None:
         """Wait until the save under way is committed.
 
         Raises:
+            FencedError: another run has taken over the directory.
             DiskFullError: there was no room for it; says what it needed and what is free.
             CheckpointError: it failed otherwise; names the newest good one.
         """
-        if self._pending is None:
-            return
-        save, self._pending = self._pending, None
         start = time.perf_counter()
-        try:
-            save.future.result()
-        except (CheckpointException, OSError, RuntimeError) as error:
-            self._held = None
-            raise self._failure(save, error) from error
-        finally:
-            self.stall_s += time.perf_counter() - start
+        error = self._outcome()
+        self.stall_s += time.perf_counter() - start
+        if error is not None:
+            raise final(error)
 
-    def _failure(self, save: "_Save", error: BaseException) -> CheckpointError:
-        """The error as a user reads it. What was written of the save is removed."""
-        causes = _causes(error)
-        good = f"The newest good checkpoint is that of step {self.newest}" if self.newest else "There is no earlier one"
-        if self._rank == 0:
-            shutil.rmtree(temporary_of(self.directory, save.step), ignore_errors=True)
-        if fenced := next((cause for cause in causes if isinstance(cause, FencedError)), None):
-            return fenced
-        if any(getattr(cause, "errno", None) in NO_ROOM for cause in causes):
-            free = shutil.disk_usage(self.directory).free
-            return DiskFullError(
-                f"no room for the checkpoint of step {save.step} in {self.directory}: over {save.bytes / 1e6:.1f} MB "
-                f"needed, {free / 1e6:.1f} MB free. {good}. Make room, then start the same command again."
+    def _outcome(self) -> CheckpointError | None:
+        """What became of the save under way, once it is at its end."""
+        if self._pending is None:
+            return None
+        save, self._pending = self._pending, None
+        self._await(save)
+        error = save.failure()
+        if error is None:
+            self._good, self._failed = save.step, 0
+            return None
+        self._held, self._failed = None, self._failed + 1
+        return error
+
+    def _await(self, save: Save) -> None:
+        """Wait for the end of a save. A disk that is too slow for `every` is told: again when it is twice as slow."""
+        start = time.perf_counter()
+        while not save.settled.wait(self._told_s):
+            waited = time.perf_counter() - start
+            self._told_s = 2 * waited
+            self._tell(
+                "stall",
+                f"training has waited {waited:.0f} s for the disk: the checkpoint of step {save.step} is still being "
+                f"written to {self.directory}. Raise stage.checkpoint_every, or find out why it is slow.",
             )
-        return CheckpointError(f"the checkpoint of step {save.step} was not written: {_said(error)}. {good}.")
+
+    def _settle(self, save: Save) -> None:
+        """Once a save is at its end, on whichever thread that was: make room again where it failed, and say so."""
+        try:
+            if (error := save.failure()) is not None and self._rank == 0:
+                shutil.rmtree(temporary_of(self.directory, save.step), ignore_errors=True)
+                self._tell("fault", f"{error} Training goes on; the next save makes up for it.")
+        finally:
+            save.settled.set()
+
+    def _tell(self, kind: str, text: str) -> None:
+        if self._rank == 0:
+            print(text, flush=True)
+            self.alert(kind, text)
 
     def restore(
         self, state: dict[str, Tensor], check: Callable[[dict[str, Any]], None] | None = None
@@ -186,7 +225,7 @@ class Checkpoints:
             checkpoint = self.path(step)
             reasons = self._gather(damage(checkpoint, self._rank, self._ranks))
             if not reasons:
-                reader, trainer, problems = _opened(checkpoint)
+                reader, trainer, problems = _opened(checkpoint, step)
                 reasons = self._gather(problems)
             if not reasons:
                 if check is not None:
@@ -194,7 +233,7 @@ class Checkpoints:
                 reasons = self._load(reader, state)
             if not reasons:
                 self._set_aside([newer for newer in found[0] if newer > step])
-                self._held = step
+                self._held = self._good = step
                 return trainer
             passed_over.append(f"{checkpoint.name}: {'; '.join(reasons)}")
             if self._rank == 0:
@@ -233,7 +272,7 @@ class Checkpoints:
         try:
             dcp.load(state, storage_reader=reader, process_group=self._group)
         except CheckpointException as error:
-            return [f"its tensors cannot be read: {_said(error)}"]
+            return [f"its tensors cannot be read: {said(error)}"]
         return []
 
     def _differing(self, stored: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> list[str]:
@@ -254,86 +293,17 @@ class Checkpoints:
     def close(self) -> None:
         """Let a save under way come to its end, whichever, and let go of the host copies."""
         if self._pending is not None:
-            wait([self._pending.future])
+            self._await(self._pending)
         self._stager.close()
 
 
-def _opened(checkpoint: Path) -> tuple[Reader, dict[str, Any], list[str]]:
+def _opened(checkpoint: Path, step: int) -> tuple[Reader, dict[str, Any], list[str]]:
     """The index, the trainer's state, and what kept either from being read."""
     reader = Reader(checkpoint)
     try:
         reader.read_metadata()
-        return reader, dict(json.loads((checkpoint / TRAINER).read_text())), []
+        trainer = dict(json.loads((checkpoint / TRAINER).read_text()))
+        other = [f"it is that of step {trainer['step']}"] if trainer.get("step", step) != step else []
+        return reader, trainer, other
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return reader, {}, [f"{INDEX} or {TRAINER} cannot be read: {error}"]
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """What went wrong on the ranks that DCP tells of."""
-    return [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-
-
-def _said(error: BaseException) -> str:
-    return "; ".join(sorted({str(cause) for cause in _causes(error)}))
-
-
-@dataclass(frozen=True)
-class _Save:
-    """A save under way: `bytes` over all ranks, `future` done when it is committed."""
-
-    step: int
-    bytes: int
-    future: Future
-
-
-def _record(file: Path) -> dict[str, int]:
-    return {"bytes": file.stat().st_size, "crc32": crc32_of(file)}
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class _Commit(Writer):
-    """DCP's writer, ended by a commit: `finish` is called on the first rank once all others are done."""
-
-    def __init__(
-        self,
-        directory: Path,
-        step: int,
-        rank: int,
-        trainer: dict[str, Any],
-        keep: int,
-        fence: Callable[[], None] | None,
-    ):
-        super().__init__(temporary_of(directory, step), rank)
-        self.final = path_of(directory, step)
-        self.trainer = trainer
-        self.keep = keep
-        self.fence = fence
-
-    def finish(self, metadata: dcp.Metadata, results: list[list[WriteResult]]) -> None:
-        super().finish(metadata, results)
-        write_atomically(self.directory / TRAINER, json.dumps(self.trainer))
-        checksums = {name: _record(self.directory / name) for name in (INDEX, TRAINER)}
-        for written in results:
-            assert isinstance(written, Results)
-            checksums.update(written.files)
-        write_atomically(self.directory / CHECKSUMS, json.dumps(checksums, indent=1))  # syncs the directory, too
-        if self.fence is not None:
-            self.fence()
-        os.replace(self.directory, self.final)
-        _sync(self.final.parent)
-        self._retire()
-
-    def _retire(self) -> None:
-        """Remove the oldest, under a name that nobody takes for a checkpoint while it goes."""
-        directory = self.final.parent
-        for step in steps(directory)[: -self.keep]:
-            doomed = directory / f".{path_of(directory, step).name}.old"
-            os.replace(path_of(directory, step), doomed)
-            shutil.rmtree(doomed)

@@ -95,6 +95,8 @@ class Writer(dcp.StorageWriter):
                 results.extend(_write(checked, file.name, sorted(plan.items, key=_order), planner))
                 stream.flush()
                 os.fsync(stream.fileno())
+                if (size := os.fstat(stream.fileno()).st_size) != checked.bytes:
+                    raise OSError(f"{file} has {size} bytes, {checked.bytes} were written")
             results.files[file.name] = {"bytes": checked.bytes, "crc32": checked.crc32}
         future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         future.set_result(results)

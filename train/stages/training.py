@@ -58,6 +58,9 @@ class Training(Stage):
         patience: validations without a better loss after which the run ends (early stopping); 0 never.
         checkpoint_every: steps between checkpoints.
         keep: newest checkpoints kept on disk.
+        keep_every: checkpoints of steps that this divides are kept for good; 0: none.
+        max_failed_saves: consecutive checkpoints that may fail to be written (full disk, lost mount) before the run
+            stops. The last one of a run must not fail.
         log_every: steps between log lines.
     """
 
@@ -74,6 +77,8 @@ class Training(Stage):
     patience: int = 0
     checkpoint_every: int = 100
     keep: int = 2
+    keep_every: int = 0
+    max_failed_saves: int = 3
     log_every: int = 1
 
     def settings(self, seed: int, guard: Guard) -> Settings:
@@ -96,7 +101,7 @@ class Training(Stage):
         for key in ("steps", "validation_batches", "keep", "log_every"):
             if getattr(self, key) < 1:
                 found.append(Problem(f"stage.{key}", getattr(self, key), "must be at least 1"))
-        for key in ("clip", "validate_every", "patience", "checkpoint_every"):
+        for key in ("clip", "validate_every", "patience", "checkpoint_every", "keep_every", "max_failed_saves"):
             if getattr(self, key) < 0:
                 found.append(Problem(f"stage.{key}", getattr(self, key), "must be at least 0"))
         if not 0 <= self.ema < 1:
@@ -196,6 +201,11 @@ class Training(Stage):
     def _check_directory(self, directory: Path, config: "RunConfig", resolved: dict[str, Any]) -> None:
         check_unfinished(directory, resolved)
         found = committed.steps(directory / CHECKPOINTS)
+        if not found and config.resume == "must":
+            raise CheckpointError(
+                f"{directory} holds no checkpoint, and resume=must. Is its file system mounted? With resume=auto a run "
+                "begins where there is none."
+            )
         if found and config.resume == "never":
             raise OccupiedError(
                 f"{directory} holds checkpoints up to step {found[-1]}, and resume=never. Give another run_dir, or "

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from parallel.engine import Engine, StepResult
 from train.checkpoint.checkpoints import Checkpoints
-from train.checkpoint.committed import CheckpointError, FencedError
 from train.guard import Patrol
 from train.monitor import Monitor
 from train.objectives.base import MicroBatch, Objective
@@ -102,10 +101,7 @@ class Loop:
     validation: Validation
     clock: Clock
     signals: StopSignals
-    save_retries: int = 0
-    """Checkpoints in a row that may fail to be written."""
     earlier_s: float = field(init=False)
-    failed_saves: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.earlier_s = self.progress.seconds
@@ -115,7 +111,7 @@ class Loop:
 
         Raises:
             FaultError: the state, a loss or a gradient norm is not as it should be.
-            CheckpointError: a save failed.
+            CheckpointError: too many saves in a row failed.
         """
         self.validate(self.progress.step)  # a kill may have come between a save and its validation
         while self.progress.step < self.steps and not self.validation.exhausted and not self.monitor.stop:
@@ -144,33 +140,16 @@ class Loop:
             self.monitor.flush()
             self.patrol.check(self.progress.step, wait=True)  # what is gone back to must be good
             self.progress.seconds = self.earlier_s + self.clock.total_s
-            self._await_save()
             self.checkpoints.save(self.progress.step, self.engine.state(), self.progress.state())
-
-    def _await_save(self) -> bool:
-        """Whether the save before went well, or none was under way.
-
-        Raises:
-            CheckpointError: one failure too many in a row, or another run has the directory.
-        """
-        try:
-            self.checkpoints.wait()
-        except FencedError:
-            raise
-        except CheckpointError as error:
-            self.failed_saves += 1
-            if self.failed_saves > self.save_retries:
-                raise
-            text = f"{error} Tried again ({self.failed_saves} of failures.save_retries={self.save_retries})."
-            self.monitor.metrics.alert("fault", text)
-            return False
-        self.failed_saves = 0
-        return True
 
     def _save_last(self) -> None:
         self.save()
-        while not self._await_save():
+        while not self._saved():
             self.save()
+
+    def _saved(self) -> bool:
+        with self.clock.on("checkpoint"):
+            return self.checkpoints.settle()
 
     def _end(self) -> End:
         if self.validation.exhausted:

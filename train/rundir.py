@@ -45,7 +45,6 @@ IRRELEVANT = (
     "stage.checkpoint_every",
     "stage.keep",
     "stage.keep_every",
-    "stage.max_failed_saves",
     "stage.log_every",
     "guard.nonfinite",
     "guard.spike",

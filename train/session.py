@@ -95,7 +95,7 @@ class Session:
             every=stage.checkpoint_every,
             keep=stage.keep,
             keep_every=stage.keep_every,
-            max_failed=stage.max_failed_saves,
+            max_failed=config.failures.save_retries,
             fence=self._fence,
         )
         stack.callback(self.checkpoints.close)
@@ -253,7 +253,6 @@ class Session:
             validation=validation,
             clock=self.clock,
             signals=signals,
-            save_retries=config.failures.save_retries,
         )
 
     def _loader(self, samples: Samples) -> Loader:

@@ -79,7 +79,9 @@ def test_what_does_not_fit_on_a_disk_is_told_and_left_out_until_there_is_room(tm
         told, on_disk, names = run_ranks(1, _filled, tmp_path)[0]
     finally:
         unmount(tmp_path)
-    assert [text[:49] for text in told] == [f"fault: no room for the checkpoint of step {n} in /"[:49] for n in (2, 3)]
+    assert [text[: text.index(" in /")] for text in told] == [
+        f"fault: no room for the checkpoint of step {step}" for step in (2, 3)
+    ]
     assert all("The newest good one is that of step 1" in text for text in told)
     assert on_disk == [1, 4] and names == ["step-00000001", "step-00000004"]
 

@@ -84,7 +84,7 @@ def test_a_save_that_fails_is_tried_again_at_the_next_due_step(corpus, tmp_path,
     assert run_ranks(2, train, corpus, tmp_path / "run", (*TWO, "stage.keep=9"), fail_two_saves) == [0, 0]
     assert steps(tmp_path / "run" / "checkpoints") == [3, 12]
     alerts = (tmp_path / "run" / "alerts.jsonl").read_text()
-    assert "the disk is away" in alerts and "Tried again (2 of failures.save_retries=2)" in alerts
+    assert "the disk is away" in alerts and alerts.count("Training goes on") == 2
     assert_same_run(tmp_path / "run", undisturbed)
 
 

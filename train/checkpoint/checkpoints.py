@@ -62,7 +62,7 @@ class Checkpoints:
         every: steps between saves; 0 saves only when asked to.
         keep: how many committed ones are left on disk, at least 1.
         keep_every: those of steps that it divides are left there for good; 0: none.
-        max_failed: saves in a row that may fail.
+        max_failed: saves in a row that may fail (`failures.save_retries`).
         fence: called by the first rank before it commits; raises `FencedError` where this run is not to write any more.
 
     Raises:
@@ -127,13 +127,10 @@ class Checkpoints:
         """Copy the state and return; it is written while training goes on. Waits for the save before, if it must.
 
         Raises:
-            FencedError: another run has taken over the directory.
-            CheckpointError: more saves in a row than allowed have failed, that before this one among them.
+            CheckpointError: the save before failed, too often in a row; see `settle`.
         """
+        self.settle()
         start = time.perf_counter()
-        error = self._outcome()
-        if error is not None and (self._failed > self.max_failed or isinstance(error, FencedError)):
-            raise final(error)
         if step != self._held:
             handle: Any = dcp.async_save(
                 state,
@@ -149,13 +146,26 @@ class Checkpoints:
             future.add_done_callback(lambda _: self._settle(save))
         self.stall_s += time.perf_counter() - start
 
+    def settle(self) -> bool:
+        """Wait for the end of the save under way. Returns whether it is committed, or there was none.
+
+        Raises:
+            FencedError: another run has taken over the directory.
+            DiskFullError: there was no room for it, too often in a row; says what it needed and what is free.
+            CheckpointError: it failed otherwise, too often in a row; names the newest good one.
+        """
+        start = time.perf_counter()
+        error = self._outcome()
+        self.stall_s += time.perf_counter() - start
+        if error is not None and (self._failed > self.max_failed or isinstance(error, FencedError)):
+            raise final(error)
+        return error is None
+
     def wait(self) -> None:
         """Wait until the save under way is committed.
 
         Raises:
-            FencedError: another run has taken over the directory.
-            DiskFullError: there was no room for it; says what it needed and what is free.
-            CheckpointError: it failed otherwise; names the newest good one.
+            CheckpointError: it failed; see `settle`.
         """
         start = time.perf_counter()
         error = self._outcome()

@@ -59,8 +59,6 @@ class Training(Stage):
         checkpoint_every: steps between checkpoints.
         keep: newest checkpoints kept on disk.
         keep_every: checkpoints of steps that this divides are kept for good; 0: none.
-        max_failed_saves: consecutive checkpoints that may fail to be written (full disk, lost mount) before the run
-            stops. The last one of a run must not fail.
         log_every: steps between log lines.
     """
 
@@ -78,7 +76,6 @@ class Training(Stage):
     checkpoint_every: int = 100
     keep: int = 2
     keep_every: int = 0
-    max_failed_saves: int = 3
     log_every: int = 1
 
     def settings(self, seed: int, guard: Guard) -> Settings:
@@ -101,7 +98,7 @@ class Training(Stage):
         for key in ("steps", "validation_batches", "keep", "log_every"):
             if getattr(self, key) < 1:
                 found.append(Problem(f"stage.{key}", getattr(self, key), "must be at least 1"))
-        for key in ("clip", "validate_every", "patience", "checkpoint_every", "keep_every", "max_failed_saves"):
+        for key in ("clip", "validate_every", "patience", "checkpoint_every", "keep_every"):
             if getattr(self, key) < 0:
                 found.append(Problem(f"stage.{key}", getattr(self, key), "must be at least 0"))
         if not 0 <= self.ema < 1:

@@ -149,7 +149,7 @@ class Loop:
 
     def _saved(self) -> bool:
         with self.clock.on("checkpoint"):
-            return self.checkpoints.settle()
+            return self.checkpoints.wait()
 
     def _end(self) -> End:
         if self.validation.exhausted:

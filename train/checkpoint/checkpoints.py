@@ -127,9 +127,9 @@ class Checkpoints:
         """Copy the state and return; it is written while training goes on. Waits for the save before, if it must.
 
         Raises:
-            CheckpointError: the save before failed, too often in a row; see `settle`.
+            CheckpointError: the save before failed, too often in a row; see `wait`.
         """
-        self.settle()
+        self.wait()
         start = time.perf_counter()
         if step != self._held:
             handle: Any = dcp.async_save(
@@ -146,7 +146,7 @@ class Checkpoints:
             future.add_done_callback(lambda _: self._settle(save))
         self.stall_s += time.perf_counter() - start
 
-    def settle(self) -> bool:
+    def wait(self) -> bool:
         """Wait for the end of the save under way. Returns whether it is committed, or there was none.
 
         Raises:
@@ -160,18 +160,6 @@ class Checkpoints:
         if error is not None and (self._failed > self.max_failed or isinstance(error, FencedError)):
             raise final(error)
         return error is None
-
-    def wait(self) -> None:
-        """Wait until the save under way is committed.
-
-        Raises:
-            CheckpointError: it failed; see `settle`.
-        """
-        start = time.perf_counter()
-        error = self._outcome()
-        self.stall_s += time.perf_counter() - start
-        if error is not None:
-            raise final(error)
 
     def _outcome(self) -> CheckpointError | None:
         """What became of the save under way, once it is at its end."""

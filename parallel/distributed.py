@@ -6,6 +6,7 @@ through NCCL (and through gloo for tensors on the CPU), others through gloo.
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ __all__ = [
     "differences",
     "joined",
     "keep_stacks",
+    "on_device",
     "place",
     "reached",
     "start",
@@ -39,6 +41,10 @@ __all__ = [
 T = TypeVar("T")
 SETTINGS = {"cpu": ("GLOO_", "TORCH_GLOO_"), "cuda": ("GLOO_", "TORCH_GLOO_", "NCCL_", "TORCH_NCCL_")}
 """What the variables begin with that steer how processes on such a device talk."""
+
+COLLECTIVE_S = 600.0
+SPARE_S = 60.0
+"""What a collective on a GPU has beyond the time after which those that wait there look for who is to blame."""
 
 _started: "World | None" = None
 _meeting: rendezvous.Meeting | None = None
@@ -64,7 +70,7 @@ class World:
     device: torch.device
 
 
-def start(rendezvous_s: float = 300, collective_s: float = 600) -> World:
+def start(rendezvous_s: float = 300, collective_s: float = COLLECTIVE_S) -> World:
     """Join the run: choose the device, set the threads, make the process group. Calling it again changes nothing.
 
     Args:
@@ -94,7 +100,8 @@ def start(rendezvous_s: float = 300, collective_s: float = 600) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     launch.share_cores(here)
-    limit = timedelta(seconds=collective_s)
+    # NCCL ends the process, with no word of who is to blame: that is left for when nobody was found.
+    limit = timedelta(seconds=collective_s + (SPARE_S if device.type == "cuda" else 0))
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED))
     # For groups that are made later (axes of a mesh, monitor, checkpoints); torch's own is half an hour.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = limit
@@ -167,7 +174,7 @@ def joined(patience_s: float = PATIENCE_S, **limits: float) -> Iterator[World]:
     global _watch
     world = start(**limits)
     if world.size > 1:
-        _watch = _watcher(place(), patience_s)
+        _watch = _watcher(place(), patience_s, limits.get("collective_s", COLLECTIVE_S))
     try:
         yield world
     except BaseException as error:
@@ -187,6 +194,19 @@ def thrown_out() -> Iterator[None]:
         if _watch is not None:
             _watch.note(error)
         raise
+
+
+@contextmanager
+def on_device() -> Iterator[None]:
+    """Around a wait for the device, which may be for another rank."""
+    if _watch is None:
+        yield
+        return
+    _watch.waits_since = time.monotonic()
+    try:
+        yield
+    finally:
+        _watch.waits_since = None
 
 
 def keep_stacks(directory: Path | None) -> None:
@@ -231,7 +251,7 @@ def _everyones(mine: T) -> list[T]:
     return gathered
 
 
-def _watcher(here: Place, patience_s: float) -> Watch:
+def _watcher(here: Place, patience_s: float, collective_s: float) -> Watch:
     assert _meeting is not None
     server = "torchrun's agent" if here.agent else f"rank 0 of {here.size}"
     return Watch(
@@ -241,4 +261,5 @@ def _watcher(here: Place, patience_s: float) -> Watch:
         server=f"{server} (at {here.address})",
         serves=here.rank == 0 and not here.agent,
         patience_s=patience_s,
+        collective_s=collective_s,
     )

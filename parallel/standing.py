@@ -19,6 +19,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 RECORDED = 2000
 """Collectives that the flight recorder keeps (TORCH_FR_BUFFER_SIZE)."""
+RECORDERS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
+"""Of gloo, and of NCCL where torch has it."""
 MACHINERY = {__file__, str(Path(__file__).with_name("watch.py")), str(Path(__file__).with_name("distributed.py"))}
 """Files that lead here and say nothing."""
 
@@ -43,8 +45,7 @@ class Standing:
     @classmethod
     def here(cls, error: BaseException | None = None) -> Self:
         """Of this process: where its main thread is, or where the error came from."""
-        recorder: Any = torch._C._distributed_c10d
-        entries = json.loads(recorder._dump_fr_trace_json()).get("entries", [])
+        entries = [entry for name in RECORDERS for entry in _recorded(name)]
         reached: dict[str, int] = {}
         for entry in entries:
             if not entry["is_p2p"]:
@@ -63,6 +64,11 @@ class Standing:
 
     def __str__(self) -> str:
         return f"at {self.line}" + (f", in or after {_shown(self.last)}" if self.last else "")
+
+
+def _recorded(name: str) -> list[dict[str, Any]]:
+    dump = getattr(torch._C._distributed_c10d, name, None)
+    return json.loads(dump()).get("entries", []) if dump else []
 
 
 def _group(entry: Mapping) -> str:

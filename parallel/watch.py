@@ -20,6 +20,7 @@ is only slow (it compiles, loads, saves) goes on with its signs, which need noth
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import re
 import socket
@@ -69,6 +70,8 @@ class Watch:
         server: who serves the store, as a message calls it.
         serves: whether it is this rank, which then leaves last.
         patience_s: see PATIENCE_S.
+        collective_s: how long this rank waits for its device before it counts as thrown out of a collective there: one
+            that waits for another rank on a GPU throws nothing.
     """
 
     def __init__(
@@ -80,11 +83,15 @@ class Watch:
         server: str,
         serves: bool,
         patience_s: float = PATIENCE_S,
+        collective_s: float = math.inf,
     ):
         self.store, self.rank, self.size = store, rank, size
         self.server, self.serves, self.patience_s = server, serves, patience_s
+        self.collective_s = collective_s
         self.step = 0
         """The last step that this rank has finished."""
+        self.waits_since: float | None = None
+        """Since when the main thread waits for the device, by the monotonic clock."""
         self.stacks: Path | None = None
         """Directory for what each rank stood at when the run was lost; without one, who is at fault prints it."""
         self._host, self._state, self._count = socket.gethostname(), HERE, 0
@@ -141,6 +148,7 @@ class Watch:
     def _run(self) -> None:
         while not self._closing.wait(BEAT_S):
             self._arm()
+            self._look_at_device()
             try:
                 self._say()
                 self._verdict = self._published() or self._found()
@@ -189,6 +197,11 @@ class Watch:
         if self.stacks is not None:
             with contextlib.suppress(OSError), open(file_of(self.stacks, self.rank), "a") as stream:
                 write_stacks(stream, self._thrown)
+
+    def _look_at_device(self) -> None:
+        since = self.waits_since
+        if self._state == HERE and since is not None and time.monotonic() - since > self.collective_s:
+            self._standing, self._state = Standing.here(), HURT
 
     def _arm(self) -> None:
         """Should something hold the interpreter, so that this thread does not come round, faulthandler's own writes the

@@ -147,7 +147,8 @@ class Monitor:
             return
         self._pending = None
         if pending.copied is not None:
-            pending.copied.synchronize()
+            with distributed.on_device():
+                pending.copied.synchronize()
         pending.agreed.wait()
         for text in self._stragglers.read() if self._stragglers else ():
             self.metrics.alert("straggler", text)

@@ -131,6 +131,17 @@ def test_a_rank_that_fails_is_named_with_its_reason_and_keeps_its_own_error(rank
     assert three.ended[0] == expected == str(three.watches[2].blame(RuntimeError(CLOSED)))
 
 
+def test_ranks_that_wait_for_their_device_look_for_the_one_that_does_not(ranks):
+    """A collective on a GPU throws nothing."""
+    three = ranks(3)
+    for one in three.watches:
+        one.collective_s = 0.2
+    for rank in (0, 2):
+        three.watches[rank].waits_since = time.monotonic()
+    three.until_ended(0, 1, 2)
+    assert all("rank 1 of 3" in text and "hangs: it lives" in text for text in three.ended.values())
+
+
 def test_an_exit_is_no_failure(ranks):
     two = ranks(2)
     assert two.watches[1].blame(SystemExit(1)) is None

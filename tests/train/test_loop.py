@@ -72,6 +72,9 @@ class Recorder:
     def save(self, step, state, trainer):
         self.events.append(("save", step, trainer))
 
+    def wait(self):
+        pass
+
     # Logger and sink
     def open(self, run):
         return self
@@ -218,7 +221,7 @@ def _asked(steps):
 
     recorder.train_step = interrupted
     loop = loop_of(recorder, validate_every=0, signals=signals)
-    loop.checkpoints = SimpleNamespace(due=lambda step: False, save=recorder.save)
+    loop.checkpoints = SimpleNamespace(due=lambda step: False, save=recorder.save, wait=recorder.wait)
     return loop.run(), loop.progress.step, kinds(recorder.events, "save")
 
 

@@ -87,8 +87,8 @@ class Session:
         self.started_s = time.time()
         self.first = world.rank == 0
         with together():
-            samples = config.data.open("train", start.tokenizer, config.seed)
-            held_out = config.data.open("validation", start.tokenizer, config.seed)
+            samples = start.open(config, "train")
+            held_out = start.open(config, "validation")
         self.inputs = {**start.fingerprints, "samples": samples.fingerprint}
         self.checkpoints = Checkpoints(
             directory / CHECKPOINTS,

@@ -1,7 +1,7 @@
 """What a training run starts from: a tokenizer, an architecture, weights."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from data_pipeline.templates import with_template
 from data_pipeline.tokenizer import Tokenizer
 from train.models import hf, hf_weights
 from train.models.transformer import Decoder, DecoderConfig, initialise
+from train.objectives.base import Samples
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -36,6 +37,7 @@ class Start:
         weights: directory of the initial weights; None for random ones.
         inputs: the artifacts this run reads, by name.
         fingerprints: what they hold, by name; must not change while the run lasts.
+        opened: splits that were opened.
     """
 
     tokenizer: Tokenizer
@@ -44,6 +46,7 @@ class Start:
     weights: Path | None
     inputs: dict[str, Artifact]
     fingerprints: dict[str, str]
+    opened: dict[str, Samples] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: "RunConfig") -> "Start":
@@ -102,6 +105,16 @@ class Start:
     def foreign(self) -> dict[str, str]:
         """Part of the recipe: initial weights that come from no artifact, by their content."""
         return {"init_from": self.fingerprints["model"]} if self.weights and "model" not in self.inputs else {}
+
+    def open(self, config: "RunConfig", split: str) -> Samples:
+        """The samples of a split, once: where they are encoded, that takes its time.
+
+        Raises:
+            LongrunError: see the options of `data`.
+        """
+        if split not in self.opened:
+            self.opened[split] = config.data.open(split, self.tokenizer, config.seed)
+        return self.opened[split]
 
     def build(self) -> Decoder:
         """The model without storage; `fill` gives it values once it is placed."""

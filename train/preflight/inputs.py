@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 def measure(site: Site) -> dict[str, Any] | None:
-    """Of the machine's first rank: every problem with what the run reads, and fingerprints of it."""
+    """Every problem with what the run reads, and fingerprints of it. What all ranks must open for the run anyway is
+    opened here, on all; the machine's first rank looks at the files beside."""
     config, start = site.config, site.start
-    if start is None or not site.leads:
+    if start is None:
         return None
     weights, architecture = start.weights, start.architecture
-    reads: list[Callable[[], object]] = [
-        lambda: config.data.open("train", start.tokenizer, config.seed),
-        lambda: config.data.open("validation", start.tokenizer, config.seed),
-    ]
-    if weights is not None:
+    reads: list[Callable[[], object]] = [lambda: start.open(config, "train"), lambda: start.open(config, "validation")]
+    if weights is not None and site.leads:
         reads.append(lambda: Stored(weights, architecture))
     problems = [problem for read in reads if (problem := _problem(read))]
+    if not site.leads:
+        return {"problems": problems, "fingerprints": start.fingerprints}
     for name, artifact in start.inputs.items():
         problems += [f"{name} ({artifact.path}): {damage}" for damage in artifact.damage(contents=False)]
     return {"problems": problems, "fingerprints": start.fingerprints}

@@ -75,7 +75,8 @@ def submit(config: SlurmConfig, resolved: dict[str, Any], command: Sequence[str]
         SlurmError: sbatch refused.
     """
     run = check(config, command)
-    batch = Batch(config, config.nodes, [run], config.name or run.directory.name, run.logs)
+    name = config.name or run.directory.name
+    batch = Batch(config, config.nodes, [run], name, run.logs, min_nodes=config.min_nodes)
     text = batch.text()
     if problem := never_starts(text):
         raise ConfigError([problem])

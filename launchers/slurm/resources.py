@@ -132,14 +132,21 @@ class SlurmConfig(Resources):
 
     Args:
         nodes: machines.
+        min_nodes: go on with so few in the same job when others are lost: a torchrun agent on each node starts the
+            ranks (see docs/failures.md, parallel=elastic); 0: the job is requeued and waits for `nodes` of them.
         name: what Slurm calls the job; empty for the name of the run's directory.
         dry_run: check everything and print the job's script, without submitting it.
     """
 
     nodes: int = 1
+    min_nodes: int = 0
     name: str = ""
     dry_run: bool = False
 
     def wrong(self, prefix: str = "") -> list[Problem]:
         found = super().wrong(prefix)
-        return found if self.nodes >= 1 else [*found, Problem("nodes", self.nodes, "1 or more")]
+        if self.nodes < 1:
+            found.append(Problem("nodes", self.nodes, "1 or more"))
+        if not 0 <= self.min_nodes <= self.nodes:
+            found.append(Problem("min_nodes", self.min_nodes, f"0, or 1 to {self.nodes} (nodes)"))
+        return found

@@ -45,9 +45,11 @@ trap : TERM  # the ranks hear it too: their end is waited for"""
 
 AFTER = """\
 code=$?
-for own in $(cat "$codes"/* 2>/dev/null); do
-    case $own in 0|{again}) ;; *) code=$own ;; esac
+own=$(cat "$codes"/* 2>/dev/null)
+for each in $own; do
+    case $each in 0|{again}) ;; *) code=$each ;; esac
 done
+[ -n "$own" ] && [ -z "${{own//[0[:space:]]/}}" ] && [ -f "$1/{manifest}" ] && code=0  # a lost node was not needed
 rm -rf "$codes"
 case $code in
 0)
@@ -102,6 +104,7 @@ class Batch:
         folder: where the scripts are kept, and the output of an array's scripts.
         after: Slurm's dependency, for instance afterok:12:13; empty for none.
         at_once: elements of an array that may run at the same time; 0 for no limit.
+        min_nodes: nodes that a run under torchrun's agents goes on with; 0: srun starts the ranks, on all nodes.
     """
 
     resources: Resources
@@ -111,6 +114,7 @@ class Batch:
     folder: Path
     after: str = ""
     at_once: int = 0
+    min_nodes: int = 0
 
     def text(self) -> str:
         """The script."""
@@ -146,14 +150,15 @@ class Batch:
             "chdir": str(Path.cwd()),
             "output": output,
             **({"kill-on-invalid-dep": "yes"} if self.after else {}),
+            **({"no-kill": True} if self.min_nodes else {}),
             **asked.options,
         }
         executor = SlurmExecutor(self.folder)
         executor.update_parameters(
             job_name=self.name,
             comment=str(self.runs[0].directory) if len(self.runs) == 1 else str(self.folder),
-            nodes=self.nodes,
-            ntasks_per_node=asked.ranks_per_node,
+            nodes=f"{self.min_nodes}-{self.nodes}" if self.min_nodes else self.nodes,
+            ntasks_per_node=1 if self.min_nodes else asked.ranks_per_node,
             gpus_per_node=asked.gpus_per_node or None,
             cpus_per_task=asked.cpus_per_task or None,
             mem=asked.memory or None,
@@ -163,7 +168,7 @@ class Batch:
             qos=asked.qos or None,
             constraint=asked.constraint or None,
             exclude=asked.exclude or None,
-            exclusive=asked.exclusive or None,
+            exclusive=asked.exclusive or self.min_nodes > 0 or None,
             dependency=self.after or None,
             signal_delay_s=asked.warning_s,
             stderr_to_stdout=True,
@@ -196,9 +201,10 @@ class Batch:
         return AFTER.format(again=AGAIN, requeues=self.resources.requeues, **names).splitlines()
 
     def _srun(self) -> str:
-        """The ranks. What the shell shall expand is in double quotes."""
+        """The ranks."""
         asked = self.resources
-        options = ["--open-mode=append", "--kill-on-bad-exit=0", f"--wait={asked.grace_s}"]
+        options = ["--open-mode=append", "--kill-on-bad-exit=0"]
+        options += ["--no-kill", "--wait=0"] if self.min_nodes else [f"--wait={asked.grace_s}"]
         if asked.cpus_per_task:
             options.append(f"--cpus-per-task={asked.cpus_per_task}")  # since Slurm 22.05 a step does not inherit it
         inside: list[str] = []
@@ -222,11 +228,20 @@ class Batch:
             "launchers.slurm.rank",
             "$codes",
         ]
-        return " ".join([*map(_expanded, words), '"${@:2}"'])
+        return " ".join([*map(_expanded, [*words, *self._agent()]), '"${@:2}"'])
+
+    def _agent(self) -> list[str]:
+        """torchrun's, one on each node, where the number of nodes may change; they meet at the script's."""
+        if not self.min_nodes:
+            return []
+        sizes = [f"--nnodes={self.min_nodes}:{self.nodes}", f"--nproc-per-node={self.resources.ranks_per_node}"]
+        where = "--rdzv-endpoint=$SLURMD_NODENAME:$((20000 + SLURM_JOB_ID % 10000))"
+        restarts = f"--max-restarts={self.resources.requeues}"
+        return ["launchers.torchrun", *sizes, restarts, "--rdzv-backend=c10d", "--rdzv-id=$job", where, "-m"]
 
 
 def _expanded(word: str) -> str:
-    """A word of which the shell expands $logs, $codes and $1 alone."""
-    if not any(name in word for name in ("$logs", "$codes", "$1")):
+    """A word of which the shell expands what begins with a $."""
+    if "$" not in word:
         return shlex.quote(word)
     return '"' + word.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`") + '"'

@@ -315,6 +315,22 @@ def test_a_command_that_makes_no_run_is_refused(slurm):
     assert "command=tran stage=sft: what follows" in refused("tran", "stage=sft")
 
 
+@pytest.mark.parametrize(
+    ("codes", "answer", "code"),
+    [("0 0", 0, 0), ("76 1", 76, 1), ("75 76", 76, 76), ("10 0", 10, 10), ("0", 137, 0), ("", 137, 137)],
+)
+def test_the_code_of_a_rank_that_failed_counts_before_those_of_ranks_that_were_left(tmp_path, codes, answer, code):
+    """The script's own shell, on the codes that ranks left and what srun answered. A node that was lost after the end
+    counts for nothing."""
+    (tmp_path / "codes").mkdir()
+    for rank, own in enumerate(codes.split()):
+        (tmp_path / f"codes/{rank}").write_text(f"{own}\n")
+    (tmp_path / "manifest.json").touch()
+    after = Batch(Resources(requeues=0), 1, [Run(tmp_path, [])], "run", tmp_path)._after()
+    script = [f"set -- {tmp_path}", "codes=$1/codes logs=$1", f"(exit {answer})", *after]
+    assert subprocess.run(["bash", "-c", "\n".join(script)], capture_output=True).returncode == code
+
+
 # The script.
 
 
@@ -328,3 +344,13 @@ def test_the_ranks_run_in_the_container_that_is_asked_for(slurm, runtime, tmp_pa
     inside = f'"--bind={mounts}" image' if runtime == "apptainer" else f'"--container-mounts={mounts}"'
     assert inside in srun and ("apptainer exec --nv" in srun) == (runtime == "apptainer")
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_a_run_that_may_lose_nodes_runs_under_an_agent_on_each(slurm, tmp_path):
+    (tmp_path / "logs").mkdir()
+    script = Batch(Resources(gpus_per_node=2), 3, [Run(tmp_path, ["train"])], "run", tmp_path, min_nodes=1).text()
+    for flag in ("--nodes=1-3", "--ntasks-per-node=1", "--exclusive", "--no-kill"):
+        assert f"#SBATCH {flag}" in script
+    (srun,) = [line for line in script.splitlines() if line.startswith("srun")]
+    assert "launchers.torchrun --nnodes=1:3 --nproc-per-node=2" in srun
+    assert '"--rdzv-endpoint=$SLURMD_NODENAME:$((20000 + SLURM_JOB_ID % 10000))" -m "${@:2}"' in srun

@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from conf.errors import Problem
 from conf.registry import register
@@ -33,10 +34,12 @@ class Local:
 
     Args:
         threads: CPU threads of each process; 0 shares out the cores this process may use.
+        devices: the GPUs that are used, as in CUDA_VISIBLE_DEVICES; empty for all.
         grace_s: seconds the other ranks have to end by themselves after one has; then they are killed.
     """
 
     threads: int = 0
+    devices: str = ""
     grace_s: float = 120.0
 
     def problems(self) -> list[Problem]:
@@ -47,6 +50,15 @@ class Local:
             found.append(Problem("launcher.grace_s", self.grace_s, "a number of seconds above 0"))
         return found
 
+    def parts(self, count: int, processes: int) -> list["Local"]:
+        """This machine for so many stages at the same time, of so many processes each: every one has its share of the
+        cores, and GPUs of its own where there are enough."""
+        threads = self.threads or max(1, len(os.sched_getaffinity(0)) // (count * processes))
+        gpus = (self.devices or os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(_gpus())).split(",")
+        each = max(1, len(gpus) // count)
+        shares = [",".join(gpus[part * each % len(gpus) :][:each]) for part in range(count)]
+        return [replace(self, threads=threads, devices=share) for share in shares]
+
     def start(self, command: Sequence[str], processes: int, output: Output) -> "LocalProcesses":
         threads = self.threads or max(1, len(os.sched_getaffinity(0)) // processes)
         port = _free_port()
@@ -55,6 +67,8 @@ class Local:
         for rank in range(processes):
             environment = dict(os.environ, PYTHONUNBUFFERED="1")
             environment.setdefault("OMP_NUM_THREADS", str(threads))
+            if self.devices:
+                environment["CUDA_VISIBLE_DEVICES"] = self.devices
             if processes > 1:
                 environment |= {
                     "RANK": str(rank),
@@ -154,6 +168,11 @@ def _forward(process: subprocess.Popen[str], rank: int, output: Output) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         output(rank, line.rstrip("\n"))
+
+
+def _gpus() -> list[str]:
+    """The numbers of NVIDIA's devices."""
+    return sorted((file.name.removeprefix("nvidia") for file in Path("/dev").glob("nvidia[0-9]*")), key=int)
 
 
 def _free_port() -> int:

@@ -17,9 +17,10 @@ from conf import secrets
 from conf.errors import LongrunError
 from data_pipeline.artifact import MANIFEST, ArtifactError
 from launchers import preflight
-from launchers.base import DONE, LOST, STOPPED_EARLY, Ahead, Ended, Queue, Running
+from launchers.base import DONE, LOST, STOPPED_EARLY, Ahead, Ended, Launcher, Queue, Running
 from launchers.display import Display
 from launchers.interrupts import KILLED, heeded
+from launchers.local import Local
 from launchers.restarts import CHECKPOINTS, Restarts
 from launchers.sweep import best, record
 from launchers.sweep.book import Book
@@ -47,6 +48,7 @@ class Attempt:
     Args:
         earlier_s: wall time it took before this sweep was started.
         reported: steps whose values the journal has.
+        launcher: who starts it: of several trials at once on one machine, for its part of that.
         ending: it fell behind and was asked to stop.
     """
 
@@ -56,6 +58,7 @@ class Attempt:
     earlier_s: float
     reported: set[int]
     restarts: Restarts
+    launcher: Launcher
     running: Running = field(init=False)
     started_s: float = field(default_factory=time.monotonic)
     noted_s: float = 0.0
@@ -94,6 +97,8 @@ class Sweep:
         self.groups: list[str] = []
         self.running: dict[int, Attempt] = {}
         self.at_once = config.concurrent
+        divided = isinstance(config.launcher, Local) and config.concurrent > 1
+        self.free = deque(config.launcher.parts(config.concurrent, config.processes) if divided else [])
         self.stop_requests = 0
         self.failures = 0
         self.fatal = ""
@@ -201,7 +206,8 @@ class Sweep:
         log.parent.mkdir(exist_ok=True)
         figures = Figures(self.directory(trial.number), self.config.figure)
         restarts = Restarts(self.directory(trial.number) / CHECKPOINTS, self.config.restarts)
-        attempt = Attempt(trial, figures, log, earlier.seconds, set(earlier.curve), restarts)
+        launcher = self.free.popleft() if self.free else self.config.launcher
+        attempt = Attempt(trial, figures, log, earlier.seconds, set(earlier.curve), restarts, launcher)
         self.running[trial.number] = attempt
         again = ", again" if self.directory(trial.number).exists() else ""
         if self._is_done(trial):  # while no sweep looked on
@@ -221,7 +227,7 @@ class Sweep:
             with self.display.lock, open(attempt.log, "a") as log:
                 log.write(line + "\n" if rank == 0 else f"[{rank}] {line}\n")
 
-        attempt.running = self.config.launcher.start(call, self.config.processes, output)
+        attempt.running = attempt.launcher.start(call, self.config.processes, output)
 
     def _look(self, number: int) -> None:
         attempt = self.running[number]
@@ -251,6 +257,8 @@ class Sweep:
             self._launch(attempt)
             return
         del self.running[attempt.trial.number]
+        if attempt.launcher is not self.config.launcher:
+            self.free.append(attempt.launcher)
         self.book.came_to(attempt.trial, attempt.figures.steps, attempt.seconds)
         if attempt.ending:
             self.book.prune(attempt.trial)

@@ -55,6 +55,17 @@ def test_ranks_get_the_variables_of_torchrun_and_share_out_the_cores(ranks):
     assert sorted(lines) == [(0, f"0 0 2 2 127.0.0.1 {threads}"), (1, f"1 1 2 2 127.0.0.1 {threads}")]
 
 
+def test_stages_at_the_same_time_have_their_own_devices_and_share_of_the_cores(ranks, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,5")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    assert [(part.devices, part.threads) for part in Local().parts(2, processes=2)] == [("0,1", 4), ("2,5", 4)]
+    assert [part.devices for part in Local().parts(6, processes=1)] == ["0", "1", "2", "5", "0", "1"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert {part.devices for part in Local(devices="7").parts(2, processes=1)} == {"7"}
+    running, lines = ranks("print(os.environ['CUDA_VISIBLE_DEVICES'])", processes=1, devices="2,5")
+    assert ended(running) == Ended(0) and (0, "2,5") in lines
+
+
 def test_the_last_words_of_a_rank_are_told_before_its_end(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "a_rank.py").write_text("import sys; print('working'); sys.exit('why it failed')")

@@ -4,7 +4,12 @@ import csv
 import io
 import json
 import os
+import random
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -296,3 +301,44 @@ def test_values_that_the_command_refuses_are_told_before_the_first_trial_once_fo
     with pytest.raises(SweepError, match=r"with lr=1\.0 decay=0 and 1 more:\n  lr=1\.0: too much") as told:
         sweep(launcher=launcher)
     assert not launcher.started and "lr=0.0001" not in str(told.value)
+
+
+SWEEP = """
+import sys
+from launchers import preflight
+from launchers.local import Local
+from launchers.sweep import record
+from launchers.sweep.__main__ import main
+from launchers.sweep.config import SweepConfig
+from launchers.sweep.search.tpe import TPE
+from launchers.sweep.stopping.median import Median
+
+preflight.answers = lambda calls: {call.stage: preflight.Answer() for call in calls}
+record.drawn = lambda root: ""
+root = sys.argv[1]
+how = {"search": TPE(startup=2), "stopping": Median(startup=2), "launcher": Local()}
+sys.exit(main(SweepConfig(root=root, command=["bowl_trial", "lr=log(1e-4,1)"], trials=5, best=f"{root}/experiment/b.yaml", **how), {}))
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_of_processes_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
+    here = Path(__file__).parent
+    environment = dict(os.environ, PYTHONPATH=f"{here.parent.parent}:{here}")
+
+    def start(name: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", SWEEP, str(tmp_path / name)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+    assert start("undisturbed").wait(120) == 0
+    wait_s = random.Random(0)
+    for _ in range(5):
+        process = start("killed")
+        time.sleep(wait_s.uniform(1, 4))
+        process.kill()
+        process.wait()
+    assert start("killed").wait(120) == 0
+    both = [json.loads((tmp_path / name / "sweep.json").read_text())["trials"] for name in ("undisturbed", "killed")]
+    keys = ("number", "params", "state", "value", "curve", "steps")
+    first, second = ([[trial[key] for key in keys] for trial in trials] for trials in both)
+    assert first == second

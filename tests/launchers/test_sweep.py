@@ -316,8 +316,9 @@ from launchers.sweep.stopping.median import Median
 preflight.answers = lambda calls: {call.stage: preflight.Answer() for call in calls}
 record.drawn = lambda root: ""
 root = sys.argv[1]
-how = {"search": TPE(startup=2), "stopping": Median(startup=2), "launcher": Local()}
-sys.exit(main(SweepConfig(root=root, command=["bowl_trial", "lr=log(1e-4,1)"], trials=5, best=f"{root}/experiment/b.yaml", **how), {}))
+how = {"search": TPE(startup=2), "stopping": Median(startup=2), "launcher": Local(), "trials": 5}
+command = ["bowl_trial", "lr=log(1e-4,1)"]
+sys.exit(main(SweepConfig(root=root, command=command, best=f"{root}/experiment/b.yaml", **how), {}))
 """
 
 

@@ -54,6 +54,7 @@ bench: setup-dev ## throughput, checkpoint cost, bytes sent, engines side by sid
 	$(RUN) tools.bench bench=loader
 	$(RUN) tools.bench bench=tokenise
 	$(RUN) tools.bench bench=curation
+	$(RUN) tools.bench bench=faults
 
 serve: setup ## build vLLM's own environment and serve the demo's export on loopback
 	$(RUN) tools.serve target=runs/demo/export

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from parallel import distributed, rendezvous
-from parallel.launch import DistributedError, Place, RendezvousError, place
-from parallel.rendezvous import Seat, judge
+from parallel.launch import DistributedError, Place, RendezvousError, interface_of, place, route_to
+from parallel.rendezvous import Seat, Word, judge
 from tests.ranks import run_ranks
 
 OWN = {"TORCHELASTIC_USE_AGENT_STORE": "False"}
@@ -149,3 +149,19 @@ def test_rank_0_learns_an_address_on_another_machine():
 def test_a_lone_process_that_has_no_device_is_told(monkeypatch):
     with pytest.raises(DistributedError, match="no GPU"):
         rendezvous.meet(Place(), replace(SEATS[0], problem="no GPU"), 1)
+
+
+def with_others_at(address: str) -> str:
+    rendezvous.judge = lambda seats: Word(machines=2, abroad=address)
+    total = joined()[1]
+    assert total == 3
+    return os.environ["GLOO_SOCKET_IFNAME"]
+
+
+def test_where_rank_0_s_name_leads_to_its_loopback_the_way_to_other_machines_is_taken():
+    """As Debian's /etc/hosts has it: 127.0.1.1 for the machine's own name."""
+    own = route_to("192.0.2.1")
+    if not own:
+        pytest.skip("this machine has no way to others")
+    found = run_ranks(2, with_others_at, "192.0.2.1", env=OWN | {"MASTER_PORT": free_port()})
+    assert found == [interface_of(own)] * 2 and not found[0].startswith("lo")

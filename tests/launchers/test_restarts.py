@@ -1,14 +1,14 @@
 """Restarts are paid for by checkpoints."""
 
 from launchers.restarts import Restarts, newest_step
-from train.checkpoint import damaged_of, path_of, temporary_of
+from train.checkpoint.committed import damaged_of, path_of
 
 
 def test_only_committed_checkpoints_count(tmp_path):
     assert newest_step(tmp_path / "absent") == -1
     path_of(tmp_path, 4).mkdir()
     damaged_of(tmp_path, 8).mkdir()
-    temporary_of(tmp_path, 12).mkdir()
+    (tmp_path / ".step-00000012.17a.tmp").mkdir()
     assert newest_step(tmp_path) == 4
 
 

@@ -16,7 +16,7 @@ from conf.errors import LongrunError
 from parallel import distributed
 from tests.ranks import run_ranks
 from train.checkpoint.checkpoints import Checkpoints
-from train.checkpoint.committed import CHECKSUMS, CheckpointError, damage, steps, temporary_of
+from train.checkpoint.committed import CHECKSUMS, CheckpointError, damage, steps
 from train.checkpoint.saves import DiskFullError, record
 
 
@@ -390,14 +390,14 @@ def test_what_a_killed_save_left_is_removed_at_the_start(tmp_path):
 def _failing_write(directory):
     """The save fails in its thread; the next one says so, and that after it works again."""
     checkpoints = saved(directory, 1)
-    temporary_of(directory, 2).write_text("in the way")
+    checkpoints._shelf.temporary(2).write_text("in the way")
     checkpoints.save(2, state(2), {})
     try:
         checkpoints.save(3, state(3), {})
         message = "nothing"
     except CheckpointError as error:
         message = str(error)
-    temporary_of(directory, 2).unlink(missing_ok=True)
+    checkpoints._shelf.temporary(2).unlink(missing_ok=True)
     checkpoints.save(4, state(4), {})
     checkpoints.wait()
     return message, steps(directory)
@@ -450,7 +450,7 @@ def _killed_between(directory, point):
 def test_a_process_killed_before_the_rename_leaves_the_checkpoint_before(tmp_path, point):
     with pytest.raises(Exception, match="died with exit code -9"):
         run_ranks(1, _killed_between, tmp_path, point)
-    assert steps(tmp_path) == [1] and temporary_of(tmp_path, 2).exists()
+    assert steps(tmp_path) == [1] and len(list(tmp_path.glob(".step-00000002.*.tmp"))) == 1
     assert run_ranks(1, _restored, tmp_path)[0] == (1, 1.0)
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.artifact import ArtifactError, locked
 from parallel import distributed
 from tests.ranks import run_ranks
 from tests.train.kills import composed, start
 from tests.train.test_checkpoint import flip, saved, state, values
 from tests.train.test_resume import assert_same_run
 from train.checkpoint.checkpoints import Checkpoints
-from train.checkpoint.committed import CheckpointError, steps
+from train.checkpoint.committed import CheckpointError, FencedError, steps
 from train.metrics.jsonl import read
 
 
@@ -112,6 +113,20 @@ def test_a_disk_that_turns_read_only_is_borne_so_many_saves_and_refused_at_a_sta
     assert good == 1
 
 
+@needs_mounts
+def test_a_run_directory_that_is_read_only_is_one_error(tmp_path):
+    mount("-t", "tmpfs", "-o", "ro", "tmpfs", tmp_path)
+    try:
+        for run_dir in (tmp_path, tmp_path / "run"):
+            with (
+                pytest.raises(ArtifactError, match=r"Read-only file system.*mounted, and not read-only"),
+                locked(run_dir),
+            ):
+                pass
+    finally:
+        unmount(tmp_path)
+
+
 def _vanished(disk, place):
     mount("--bind", disk, place)
     checkpoints, told = opened(place / "checkpoints")
@@ -141,6 +156,26 @@ def test_a_mount_that_vanishes_is_told_at_once_and_used_again_when_it_is_back(tm
         assert f"that of step 1: {place}/checkpoints/step-00000001" in text
     assert below == [], "written to what lies below the mount"
     assert on_disk == [1, 4]
+
+
+def _fenced(directory):
+    checkpoints, told = opened(directory)
+    save(checkpoints, 1)
+    checkpoints._shelf.fence = taken_over
+    save(checkpoints, 2)
+    with pytest.raises(FencedError, match="taken over by another"):
+        checkpoints.save(3, state(3), {"step": 3})
+    return told, sorted(path.name for path in directory.iterdir())
+
+
+def taken_over() -> None:
+    raise FencedError("taken over by another")
+
+
+def test_a_run_whose_directory_was_taken_over_commits_nothing_and_ends(tmp_path):
+    [(told, names), _] = run_ranks(2, _fenced, tmp_path)
+    assert names == ["step-00000001"]
+    assert told == ["fault: taken over by another"]
 
 
 def _slow(directory):

@@ -16,6 +16,7 @@ from conf.errors import ConfigError, OccupiedError
 from data_pipeline.artifact import Artifact
 from parallel.layout import Layout
 from tests.train.runs import begin, complete, until
+from train.checkpoint.committed import CheckpointError
 from train.metrics.jsonl import read
 from train.models.transformer import DecoderConfig
 from train.stages.base import STOPPED_EARLY
@@ -153,6 +154,12 @@ def test_resume_never_refuses_a_directory_with_checkpoints(corpus, uninterrupted
     running = begin(corpus, run_dir, *LONG, "resume=never")
     assert running.wait() == [OccupiedError.exit_code]
     assert "resume=auto" in running.output()
+
+
+def test_resume_must_refuses_a_directory_without_checkpoints(corpus, tmp_path):
+    running = begin(corpus, tmp_path / "run", *LONG, "resume=must")
+    assert running.wait() == [CheckpointError.exit_code]
+    assert "holds no checkpoint, and resume=must. Is its file system mounted?" in running.output()
 
 
 def test_a_second_run_in_a_live_directory_is_refused_on_every_rank_and_harms_nothing(corpus, tmp_path):

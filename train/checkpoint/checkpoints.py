@@ -10,7 +10,7 @@ layout can load it.
                               index.json               where each tensor is (train.checkpoint.storage)
                               trainer.json             step, samples, tokens, ... (train.progress.Progress)
                               checksums.json           file -> bytes, crc32
-    checkpoints/.step-00000200.tmp/                    being written; removed at the next start if the run was killed
+    checkpoints/.step-00000200.<run>.tmp/              being written; removed at the next start if the run was killed
     checkpoints/step-00000300.damaged/                 passed over by a start that went on from an earlier one
 
 CRC-32 because it is the fastest checksum of the standard library; it finds damage, not malice. What malice can do is
@@ -42,7 +42,6 @@ from train.checkpoint.committed import (
     damaged_of,
     path_of,
     steps,
-    temporary_of,
 )
 from train.checkpoint.saves import Commit, Save, final, said
 from train.checkpoint.shelf import Shelf
@@ -82,7 +81,6 @@ class Checkpoints:
         self.directory = directory
         self.every = every
         self.max_failed = max_failed
-        self._shelf = Shelf(directory, keep, keep_every, fence)
         self.alert: Callable[[str, str], None] = lambda kind, text: None
         """Told what goes wrong: kind ("fault", "stall") and text. Called from any thread, of the first rank."""
         self.stall_s = 0.0
@@ -104,6 +102,8 @@ class Checkpoints:
         self._failed = 0
         """Saves since then."""
         self._told_s = SLOW_S
+        [token] = self._gather([f"{time.time_ns():x}"] if self._rank == 0 else [])
+        self._shelf = Shelf(directory, token, keep, keep_every, fence)
         reasons = self._gather(self._shelf.clear() if self._rank == 0 else [])
         if reasons := reasons or self._gather(self._shelf.enter(self._rank)):
             raise CheckpointError(
@@ -190,8 +190,9 @@ class Checkpoints:
         """Once a save is at its end, on whichever thread that was: make room again where it failed, and say so."""
         try:
             if (error := save.failure()) is not None and self._rank == 0:
-                shutil.rmtree(temporary_of(self.directory, save.step), ignore_errors=True)
-                self._tell("fault", f"{error} Training goes on; the next save makes up for it.")
+                shutil.rmtree(self._shelf.temporary(save.step), ignore_errors=True)
+                goes_on = "" if isinstance(error, FencedError) else " Training goes on; the next save makes up for it."
+                self._tell("fault", f"{error}{goes_on}")
         finally:
             save.settled.set()
 

@@ -37,10 +37,6 @@ def damaged_of(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}.damaged"
 
 
-def temporary_of(directory: Path, step: int) -> Path:
-    return directory / f".step-{step:08d}.tmp"
-
-
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with a checkpoint's files: missing, of another size, or of another checksum.
 

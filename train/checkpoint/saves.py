@@ -23,7 +23,6 @@ from train.checkpoint.committed import (
     FencedError,
     crc32_of,
     path_of,
-    temporary_of,
 )
 from train.checkpoint.shelf import Shelf, VanishedError
 from train.checkpoint.storage import Results, Writer
@@ -39,7 +38,7 @@ class Commit(Writer):
     """DCP's writer, ended by a commit: `finish` is called on the first rank once all others are done."""
 
     def __init__(self, shelf: Shelf, step: int, rank: int, trainer: Mapping[str, Any]):
-        super().__init__(temporary_of(shelf.directory, step), rank)
+        super().__init__(shelf.temporary(step), rank)
         self.shelf = shelf
         self.step = step
         self.trainer = dict(trainer)
@@ -56,7 +55,7 @@ class Commit(Writer):
             assert isinstance(written, Results)
             checksums.update(written.files)
         write_atomically(self.directory / CHECKSUMS, json.dumps(checksums, indent=1))  # syncs the directory, too
-        self.shelf.put(self.directory, self.step)
+        self.shelf.put(self.step)
 
 
 def record(file: Path) -> dict[str, int]:

@@ -19,12 +19,15 @@ class Shelf:
 
     Args:
         directory: where they are; on a file system that all ranks see.
+        token: what this run's unfinished saves are called by, the same on all ranks: should a run that was taken over
+            still write, it writes beside the other's.
         keep: how many are left there, at least 1.
         keep_every: those of steps that it divides are left there for good; 0: none.
         fence: called before a commit; raises `FencedError` where this run is not to write any more.
     """
 
     directory: Path
+    token: str
     keep: int
     keep_every: int = 0
     fence: Callable[[], None] | None = None
@@ -66,8 +69,12 @@ class Shelf:
         if there != self._inode:
             raise VanishedError(f"{self.directory} has vanished: unmounted, moved or removed")
 
-    def put(self, temporary: Path, step: int) -> None:
-        """Commit what is whole, and synced, in a directory beside.
+    def temporary(self, step: int) -> Path:
+        """Where a step is while it is being written."""
+        return self.directory / f".step-{step:08d}.{self.token}.tmp"
+
+    def put(self, step: int) -> None:
+        """Commit what is whole, and synced, in `temporary`.
 
         Raises:
             VanishedError: see `check`.
@@ -79,7 +86,7 @@ class Shelf:
         final = path_of(self.directory, step)
         if final.exists():  # the sync below failed when it was committed
             _remove(final)
-        os.replace(temporary, final)
+        os.replace(self.temporary(step), final)
         sync(self.directory)
         self._retire()
 

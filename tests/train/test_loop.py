@@ -73,7 +73,7 @@ class Recorder:
         self.events.append(("save", step, trainer))
 
     def wait(self):
-        pass
+        return True
 
     # Logger and sink
     def open(self, run):

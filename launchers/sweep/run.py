@@ -5,6 +5,7 @@ a sweep that was killed goes on: the same trials, each from its newest checkpoin
 """
 
 import difflib
+import math
 import shlex
 import time
 from collections import deque
@@ -282,7 +283,7 @@ class Sweep:
             fix = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names) or 'none'}."
             self.fatal = f"trial {attempt.trial.number} has no figure {self.config.figure!r}, nor will others: {fix}"
             return self._failed(attempt, self.fatal)
-        if value != value:
+        if math.isnan(value):
             return self._failed(attempt, f"its {self.config.figure} is not a number")
         self.book.finish(attempt.trial, value)
         first = (leader := self.book.best()) is not None and leader.number == attempt.trial.number

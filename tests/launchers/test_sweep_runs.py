@@ -148,9 +148,9 @@ def cli(monkeypatch, capsys, tmp_path):
 
 
 def test_a_dry_run_shows_what_would_be_run(cli):
-    code, said = cli("--", "train", "experiment=demo", "optim.lr=log(1e-4,1e-2)", "optim=adamw,muon")
+    code, said = cli("--", "train", "experiment=demo", "optim=adamw,muon")
     assert code == 0 and "20 trials" in said
-    assert "python -m train name=sweep/000 experiment=demo optim.lr=0.0001 optim=adamw run_dir=" in said
+    assert "python -m train name=sweep/000 experiment=demo optim=adamw run_dir=" in said
 
 
 def test_the_shipped_sweep_passes_a_dry_run(cli):
@@ -164,8 +164,8 @@ def test_an_unknown_key_is_told_with_those_that_are_near(cli):
 
 
 def test_a_value_out_of_range_at_a_corner_of_the_space_is_told(cli):
-    code, said = cli("--", "train", "stage.steps=range(0,30,10)", "optim.lr=log(1e-4,1e-2)")
-    assert code == 1 and "with stage.steps=0 optim.lr=0.0001" in said and "must be at least 1" in said
+    code, said = cli("--", "train", "stage.steps=range(0,30,10)")
+    assert code == 1 and "with stage.steps=0:" in said and "must be at least 1" in said
 
 
 @pytest.mark.parametrize(

@@ -304,7 +304,7 @@ def _random_damage(directory, cases):
     return found
 
 
-def test_of_checkpoints_damaged_at_random_the_newest_good_one_is_chosen_and_the_rest_are_named(tmp_path, capfd):
+def test_of_checkpoints_damaged_at_random_the_newest_good_one_is_chosen_and_the_rest_are_named(tmp_path):
     cases = 60
     for harmed, trainer, value, names in run_ranks(2, _random_damage, tmp_path, cases)[0]:
         damaged = {step for step, _ in harmed}

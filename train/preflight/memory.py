@@ -61,14 +61,13 @@ class Parts:
     def total(self) -> int:
         return self.dense + self.experts + self.embedding + self.head
 
-    def of_rank(self, layout: Layout) -> float:
-        """Parameters of the rank that has the most, before data-parallel ranks share them."""
-        experts = self.experts / layout.ep
+    def of_rank(self, layout: Layout) -> tuple[float, float]:
+        """Parameters of the fullest rank before data-parallel ranks share them: those of no expert, of experts."""
         if layout.pp == 1:
             ends: float = self.embedding + self.head
         else:
             ends = max(self.embedding, self.head + (self.embedding if self.tied else 0))
-        return ((self.dense + experts) / layout.pp + ends) / layout.tp
+        return (self.dense / layout.pp + ends) / layout.tp, self.experts / layout.ep / layout.pp / layout.tp
 
 
 @dataclass(frozen=True)
@@ -110,14 +109,16 @@ def estimate(parts: Parts, layout: Layout, *, moments: float, width: int, averag
         width: bytes of a number that is computed with.
         averaged: whether an average of the weights is kept.
     """
-    mine = parts.of_rank(layout)
+    dense, experts = parts.of_rank(layout)
     shards = layout.dp_shard * layout.cp if layout.zero else 1
-    masters, average = FP32 * mine / shards, FP32 * mine / shards * averaged
-    gradients = FP32 * mine / (shards if layout.zero >= 2 else 1)
+    mine = dense + experts
+    share = dense / shards + experts / max(1, shards / layout.ep)  # ep is cut out of the ranks that share
+    masters, average = FP32 * share, FP32 * share * averaged
+    gradients = FP32 * (share if layout.zero >= 2 else mine)
     gathered = 0.0
     if layout.dp * layout.cp > 1 or width != FP32:
         gathered = width * (parts.block / layout.tp if layout.zero == 3 else mine)
-    state = moments * mine / shards
+    state = moments * share
     device, host = masters + average + gradients + gathered + state, 0.0
     if layout.offload != "none":
         host = state + (masters + gradients if layout.offload == "parameters" else 0)

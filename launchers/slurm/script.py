@@ -150,15 +150,14 @@ class Batch:
             "chdir": str(Path.cwd()),
             "output": output,
             **({"kill-on-invalid-dep": "yes"} if self.after else {}),
-            **({"no-kill": True} if self.min_nodes else {}),
+            **({"nodes": f"{self.min_nodes}-{self.nodes}", "no-kill": True} if self.min_nodes else {}),
             **asked.options,
         }
         executor = SlurmExecutor(self.folder)
         executor.update_parameters(
             job_name=self.name,
             comment=str(self.runs[0].directory) if len(self.runs) == 1 else str(self.folder),
-            nodes=f"{self.min_nodes}-{self.nodes}" if self.min_nodes else self.nodes,
-            ntasks_per_node=1 if self.min_nodes else asked.ranks_per_node,
+            nodes=self.nodes,
             gpus_per_node=asked.gpus_per_node or None,
             cpus_per_task=asked.cpus_per_task or None,
             mem=asked.memory or None,
@@ -179,6 +178,8 @@ class Batch:
             teardown=self._after(),
             use_srun=False,
         )
+        if not self.min_nodes:  # else Slurm would count on the tasks of the fewest nodes, and give no more
+            executor.update_parameters(ntasks_per_node=asked.ranks_per_node)
         if len(self.runs) > 1:
             executor.parameters["map_count"] = len(self.runs)
         return executor
@@ -204,7 +205,10 @@ class Batch:
         """The ranks."""
         asked = self.resources
         options = ["--open-mode=append", "--kill-on-bad-exit=0"]
-        options += ["--no-kill", "--wait=0"] if self.min_nodes else [f"--wait={asked.grace_s}"]
+        if self.min_nodes:
+            options += ["--nodes=$SLURM_JOB_NUM_NODES", "--ntasks-per-node=1", "--no-kill", "--wait=0"]
+        else:
+            options.append(f"--wait={asked.grace_s}")
         if asked.cpus_per_task:
             options.append(f"--cpus-per-task={asked.cpus_per_task}")  # since Slurm 22.05 a step does not inherit it
         inside: list[str] = []

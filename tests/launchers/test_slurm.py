@@ -349,7 +349,7 @@ def test_the_ranks_run_in_the_container_that_is_asked_for(slurm, runtime, tmp_pa
 def test_a_run_that_may_lose_nodes_runs_under_an_agent_on_each(slurm, tmp_path):
     (tmp_path / "logs").mkdir()
     script = Batch(Resources(gpus_per_node=2), 3, [Run(tmp_path, ["train"])], "run", tmp_path, min_nodes=1).text()
-    for flag in ("--nodes=1-3", "--ntasks-per-node=1", "--exclusive", "--no-kill"):
+    for flag in ("--nodes=1-3", "--exclusive", "--no-kill"):
         assert f"#SBATCH {flag}" in script
     (srun,) = [line for line in script.splitlines() if line.startswith("srun")]
     assert "launchers.torchrun --nnodes=1:3 --nproc-per-node=2" in srun

@@ -8,14 +8,14 @@ manifest as it does elsewhere.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from conf.errors import ConfigError, Problem
 from conf.registry import register
 from launchers.base import DONE, LOST, STOPPED_EARLY, Ahead, Ended, Output
 from launchers.slurm import cluster, jobs
-from launchers.slurm.resources import Resources, SlurmConfig
+from launchers.slurm.resources import Resources
 from launchers.slurm.script import CANCELLED, KILLED, LOGS, Batch, Run
 
 RECENT_BYTES = 1 << 16
@@ -117,8 +117,7 @@ class Slurm(Resources):
         return SlurmJob(number, run, before)
 
     def _keep(self, run: Run, number: str, nodes: int, resources: Resources) -> None:
-        settings = {key: value for key, value in asdict(resources).items() if key not in ("detach", "poll_s")}
-        jobs.Record.add(run, asdict(SlurmConfig(**settings, nodes=nodes)), number)
+        jobs.Record.add(run, jobs.settings_of(resources) | {"nodes": nodes}, number)
 
 
 @dataclass

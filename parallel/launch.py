@@ -9,7 +9,6 @@ import os
 import re
 import socket
 import struct
-import subprocess
 from dataclasses import dataclass
 
 import torch
@@ -151,11 +150,10 @@ def _tasks_on(per_node: str, node: int) -> int:
 
 
 def _first_host(nodes: str) -> str:
-    """First of a Slurm node list such as "gpu[03-05,9],login1"."""
-    if "[" not in nodes.split(",")[0]:
-        return nodes.split(",")[0]
-    shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return shown.stdout.split()[0]
+    """First of a Slurm node list such as "gpu[03-05,9],login1": gpu03. In a container there is no scontrol to ask."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    assert first is not None, "it matches an empty text too"
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
 
 
 def device_of(here: Place) -> torch.device:

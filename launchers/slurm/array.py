@@ -7,7 +7,7 @@ one that dies, and requeues none. Here an element ends as the job of a single ru
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from conf.registry import register
 from data_pipeline.artifact import MANIFEST
 from launchers import preflight
 from launchers.slurm import cluster, jobs
-from launchers.slurm.resources import Resources, SlurmConfig
+from launchers.slurm.resources import Resources
 from launchers.slurm.script import LOGS, Batch, Run
 
 
@@ -87,8 +87,7 @@ class SlurmArray(Launcher):
         job = Batch(asked, asked.nodes, runs, base.name, base / LOGS, at_once=asked.at_once).submit()
         numbers = [f"{job}_{element}" for element in range(len(runs))] if len(runs) > 1 else [job]
         for run, element in zip(runs, numbers, strict=True):
-            settings = {key: value for key, value in asdict(asked).items() if hasattr(SlurmConfig, key)}
-            jobs.Record.add(run, settings, element)
+            jobs.Record.add(run, jobs.settings_of(asked), element)
         print(f"job {job}: {len(runs)} runs in {base}", flush=True)
         return self._wait(dict(zip(numbers, runs, strict=True)))
 

@@ -5,10 +5,12 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,7 +20,7 @@ from launchers import preflight
 from launchers.graph import importable
 from launchers.slurm import cluster
 from launchers.slurm.cluster import Job, SlurmError
-from launchers.slurm.resources import SlurmConfig
+from launchers.slurm.resources import Resources, SlurmConfig
 from launchers.slurm.script import CANCELLED, LOGS, Batch, Run
 
 RECORD = "slurm.json"
@@ -228,15 +230,32 @@ def resume(directory: Path, overrides: Sequence[str]) -> str:
         raise SlurmError(f"{directory} has no {LOGS}/{RECORD}: submit it first.")
     if (directory / MANIFEST).exists():
         return f"{directory} is finished: nothing to do"
+    config = changed(record.settings, overrides)
+    return submit(config, asdict(config), record.command)
+
+
+def settings_of(resources: Resources) -> dict[str, Any]:
+    """What `resume` needs of what a job was submitted with, by whichever launcher."""
+    known = {field.name for field in fields(SlurmConfig)}
+    return {key: value for key, value in asdict(resources).items() if key in known}
+
+
+def changed(settings: dict[str, Any], overrides: Sequence[str]) -> SlurmConfig:
+    """Settings with others in their place, read as Hydra reads a command line: 48:00:00 is a text (in YAML, a number).
+
+    Raises:
+        SlurmError: there is no such setting, or it takes no such value.
+    """
+    others = OmegaConf.create()
     try:
-        node = OmegaConf.merge(
-            OmegaConf.structured(SlurmConfig), record.settings, OmegaConf.from_dotlist(list(overrides))
-        )
-    except OmegaConfBaseException as error:
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            OmegaConf.update(others, override.key_or_group, override.value())
+        node = OmegaConf.merge(OmegaConf.structured(SlurmConfig), settings, others)
+    except (HydraException, OmegaConfBaseException) as error:
         raise SlurmError(f"{' '.join(overrides)}: {error}") from error
     config = OmegaConf.to_object(node)
     assert isinstance(config, SlurmConfig)
-    return submit(config, asdict(config), record.command)
+    return config
 
 
 def indented(text: str) -> str:

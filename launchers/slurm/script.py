@@ -31,9 +31,10 @@ CANCELLED = "cancelled"
 """A mark among the logs: the job shall not be requeued."""
 IN_VAIN = "in-vain"
 """Among the logs: requeues since the newest checkpoint, and that one's name."""
-KILLED = (137, 138, 140, 143)
-"""SIGKILL: the memory was short, or its machine went. SIGUSR1, SIGUSR2, SIGTERM: asked to stop before it could hear."""
-AGAIN = "|".join(map(str, (STOPPED_EARLY, LOST, *KILLED)))
+KILLED = range(129, 160)
+"""128 + the signal that killed a rank: SIGKILL where the memory was short or its machine went, SIGABRT by NCCL's
+watchdog, SIGUSR2 or SIGTERM where it was asked to stop before it could hear."""
+AGAIN = f"{STOPPED_EARLY}|{LOST}|129|1[345][0-9]"
 
 BEFORE = """\
 job=$SLURM_JOB_ID  # of one element of an array it is the number of the whole array

@@ -17,10 +17,11 @@ from launchers.graph import LifecycleConfig, StageSpec
 from launchers.lifecycle import Life
 from launchers.queue import Slurm
 from launchers.slurm import jobs, show
+from launchers.slurm.array import ArrayConfig
 from launchers.slurm.cluster import SlurmError
 from launchers.slurm.jobs import LiveJobError
 from launchers.slurm.resources import Resources, SlurmConfig, seconds
-from launchers.slurm.script import Batch, Run
+from launchers.slurm.script import KILLED, Batch, Run
 from tests.data import tiny_corpus
 from tests.slurm import Cluster, until
 
@@ -329,6 +330,25 @@ def test_the_code_of_a_rank_that_failed_counts_before_those_of_ranks_that_were_l
     after = Batch(Resources(requeues=0), 1, [Run(tmp_path, [])], "run", tmp_path)._after()
     script = [f"set -- {tmp_path}", "codes=$1/codes logs=$1", f"(exit {answer})", *after]
     assert subprocess.run(["bash", "-c", "\n".join(script)], capture_output=True).returncode == code
+
+
+@pytest.mark.parametrize(("code", "again"), [(75, True), (76, True), (134, True), (139, True), (77, False), (2, False)])
+def test_a_rank_that_a_signal_killed_was_lost_and_one_with_a_code_of_its_own_failed(tmp_path, code, again):
+    after = Batch(Resources(requeues=0), 1, [Run(tmp_path, [])], "run", tmp_path)._after()
+    script = [f"set -- {tmp_path}", "codes=$1/codes logs=$1", f"(exit {code})", *after]
+    answer = subprocess.run(["bash", "-c", "\n".join(script)], capture_output=True, text=True)
+    assert ("0 requeues (requeues) brought no new checkpoint" in answer.stdout) == again
+    assert again == (code in (75, 76, *KILLED))
+
+
+def test_settings_are_changed_as_on_the_command_line_and_none_is_lost():
+    asked = ArrayConfig(environment={"A": "1"}, setup=["module load x"], mounts=["/data"], options={"mail-type": "END"})
+    config = jobs.changed(jobs.settings_of(asked), ["time=48:00:00", "+environment.B=2", "nodes=2"])
+    assert (config.time, config.environment, config.nodes) == ("48:00:00", {"A": "1", "B": "2"}, 2)
+    assert (config.setup, config.mounts, config.options) == (asked.setup, asked.mounts, asked.options)
+    for wrong in ("tiem=1", "nodes=many", "time", "nodes=1,2"):
+        with pytest.raises(SlurmError, match=wrong):
+            jobs.changed({}, [wrong])
 
 
 # The script.

@@ -70,6 +70,14 @@ def test_an_interface_that_the_environment_chose_is_kept(monkeypatch):
     assert use_interface("") == [] and "NCCL_SOCKET_IFNAME" not in os.environ
 
 
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[01-02,5],n1", "gpu01"), ("a[1-2]b", "a1b"), ("r[07,9]n[003-4]", "r07n003")],
+)
+def test_the_first_node_of_a_step_is_read_without_slurms_programs(nodes, first):
+    assert launch._first_host(nodes) == first
+
+
 def test_a_job_has_further_ports_and_a_port_that_was_given_has_none():
     ports = Place(port=29990, derived=True).ports
     assert ports[0] == 29990 and len(set(ports)) == len(ports) > 4

@@ -31,7 +31,7 @@ TOKENS = {
     "AIza": r"[\w-]{35}",  # Google
     "sk_live_": r"[A-Za-z0-9]{16,247}+",  # Stripe
     "rk_live_": r"[A-Za-z0-9]{16,247}+",
-    "sk-": r"[\w-]{20,250}+",  # OpenAI, Anthropic
+    "sk-": r"(?:(?:proj|svcacct|ant)-[\w-]{20,250}+|[A-Za-z0-9]{48})",  # OpenAI, Anthropic
     "hf_": r"[A-Za-z]{34}",  # Hugging Face
     "npm_": r"[A-Za-z0-9]{36}",
     "pypi-AgE": r"[\w-]{50,250}+",
@@ -64,7 +64,10 @@ PLACES = {"file", "path", "directory", "dir", "env", "variable", "name"}
 ACTIONS = {"", "replace", "tag", "drop", "keep"}
 """What `corpus.steps.pii.secret` asks for: what is done with secrets found in text."""
 LEAST_LENGTH = 8
-"""Characters. A shorter value of the environment is not looked for: it would be found in innocent words."""
+"""Characters. A shorter value of the environment is not looked for."""
+LONG, VARIED = 16, 8
+"""Characters, and different ones. A value of the environment with fewer could be an ordinary word, as in
+DB_PASSWORD=postgres: it is looked for as a whole, not within others."""
 NOT_SHOWN = "(a secret, not shown)"
 FIX = (
     "{why}. Configurations are written to disk, logs and trackers: take it out, change it if it was written already, "
@@ -89,8 +92,16 @@ def named_secret(key: str) -> bool:
 
 
 def secret_variable(name: str) -> bool:
-    """Whether an environment variable is called like one that holds a secret: there, any KEY or TOKEN is one."""
-    return named_secret(name) or name.lower().rsplit("_", 1)[-1] in ("token", "key")
+    """Whether an environment variable is called like one that holds a secret: there, any KEY or TOKEN is one, and PWD
+    is the working directory."""
+    return name != "PWD" and (named_secret(name) or name.lower().rsplit("_", 1)[-1] in ("token", "key"))
+
+
+def _path(value: str) -> bool:
+    """Whether a text says where something lies. Base64 can begin with a slash, and has no dot."""
+    if os.path.exists(os.path.expanduser(value)):
+        return True
+    return value.startswith("/") and ("." in value or os.path.exists(f"/{value.split('/')[1]}"))
 
 
 def shape(value: str) -> str:
@@ -110,11 +121,16 @@ def of_environment(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Secret -> name of the variable it is in, for all that are long enough to be looked for."""
     found = {}
     for name, value in variables.items():
-        if secret_variable(name) or (shape(value) and not URL_PASSWORD.search(value)):
+        if (secret_variable(name) and not _path(value.strip())) or (shape(value) and not URL_PASSWORD.search(value)):
             found[value.strip()] = name
         for match in URL_PASSWORD.finditer(value):
             found |= {match[1]: name, unquote(match[1]): name}
     return {secret: name for secret, name in found.items() if len(secret) >= LEAST_LENGTH}
+
+
+def _unmistakable(secret: str) -> bool:
+    """Whether no ordinary text holds it by accident."""
+    return len(secret) >= LONG and len(set(secret)) >= VARIED
 
 
 def problems(resolved: Mapping[str, Any]) -> list[Problem]:
@@ -162,9 +178,9 @@ def _problem(key: str, value: str, known: Mapping[str, str]) -> Problem | None:
     named = next((part for part in parts if named_secret(part)), None)
     if found := shape(value):
         why = f"this is {found}"
-    elif holder := next((name for secret, name in known.items() if secret in value), None):
+    elif holder := next((name for secret, name in known.items() if _holds(value, secret)), None):
         why = f"this is the value of the environment variable {holder}"
-    elif named and value not in ACTIONS and value not in ("null", "true", "false", "???"):
+    elif named and value not in ACTIONS and value not in ("null", "true", "false", "???") and not _path(value):
         why = f"a key called {named} holds a secret"
     else:
         return None
@@ -172,13 +188,18 @@ def _problem(key: str, value: str, known: Mapping[str, str]) -> Problem | None:
     return Problem(key, NOT_SHOWN, FIX.format(why=why, variable=variable))
 
 
+def _holds(value: str, secret: str) -> bool:
+    return value == secret or (_unmistakable(secret) and secret in value)
+
+
 def redactor(variables: Mapping[str, str] = os.environ) -> Callable[[str], str]:
-    """A function that puts the name of its variable in the place of each secret of the environment: `[HF_TOKEN]`."""
+    """A function that puts the name of its variable in the place of each secret of the environment: `[HF_TOKEN]`. One
+    that could be a word is known where it is all there is, and as the password of an address."""
     known = of_environment(variables)
     if not known:
         return lambda text: text
-    longest_first = sorted(known, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest_first)))
+    longest_first = [(re.escape(secret), _unmistakable(secret)) for secret in sorted(known, key=len, reverse=True)]
+    pattern = re.compile("|".join(text if sure else rf"\A{text}\Z|(?<=:){text}(?=@)" for text, sure in longest_first))
     return lambda text: pattern.sub(lambda match: f"[{known[match[0]]}]", text)
 
 

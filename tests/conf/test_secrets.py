@@ -15,10 +15,12 @@ from train.__main__ import main
 from train.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
-CANARY = "cAnAry7Zq3"
+CANARY = "cAnAry7Zq3Lw9Xk2"
 SHAPED = {
     "Hugging Face": "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYzAbCdEfGh",
     "OpenAI": "sk-proj-4f9Kd82Lq0ZxPw7TrB3m",
+    "OpenAI, of old": "sk-" + "4f9Kd82Lq0ZxPw7TrB3m" * 2 + "aB3dE5gH",
+    "Anthropic": "sk-ant-api03-4f9Kd82Lq0ZxPw7TrB3m-_x",
     "GitHub": "ghp_" + "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9bC1dE3fG5",
     "AWS": "AKIA" + "Q3EGRZ7T2UKY5WVN",
     "JSON web token": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P",
@@ -55,7 +57,38 @@ def test_what_only_sounds_alike_is_no_secret(name):
 
 def test_of_a_variable_any_key_or_token_is_a_secret():
     assert all(map(secrets.secret_variable, ("MY_KEY", "GH_TOKEN", "HF_TOKEN", "DB_PASSWORD", "LONGRUN_WEBHOOK")))
-    assert not any(map(secrets.secret_variable, ("TOKENIZERS_PARALLELISM", "KEYMAP", "PATH", "KEY_FILE")))
+    assert not any(map(secrets.secret_variable, ("TOKENIZERS_PARALLELISM", "KEYMAP", "PATH", "KEY_FILE", "PWD")))
+
+
+def test_where_a_secret_lies_is_no_secret(monkeypatch, tmp_path):
+    """Of the environment, in a configuration, and in what is printed."""
+    (tmp_path / "id").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    variables = {"PWD": str(tmp_path), "SSH_KEY": str(tmp_path / "id"), "DEPLOY_KEY": "/not/here/deploy.pem"}
+    variables |= {"GOOGLE_APPLICATION_CREDENTIALS": "/not/here/adc.json", "MY_SECRET": str(Path.home() / "not/here")}
+    assert not secrets.of_environment(variables)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    given = {"run_dir": str(tmp_path / "runs/xx"), "init_from": str(Path.home() / "runs/base"), "ssh_key": "id"}
+    assert not secrets.problems(given)
+    secrets.check_arguments([f"{key}={value}" for key, value in given.items()])
+    assert secrets.redactor(variables)(str(tmp_path / "id")) == str(tmp_path / "id")
+
+
+def test_a_secret_may_begin_with_a_slash():
+    assert secrets.of_environment({"AWS_SECRET_ACCESS_KEY": "/x3Qe7Yp+L0rT8uB1nD5kG9sW2vJ6hZ4aM/cFq"})
+
+
+def test_an_ordinary_word_that_the_environment_keeps_secret_is_only_known_as_a_whole(monkeypatch):
+    """`TOKEN=training` neither refuses every path with the word nor garbles what is printed."""
+    variables = {"TOKEN": "training", "DB_PASSWORD": "postgres", "A_KEY": "-" * 20, "URL": "https://me:postgres@db"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert not secrets.problems({"a": "runs/training", "b": "training-2", "c": "postgres.org", "d": "-" * 30})
+    assert len(secrets.problems({"a": "training", "b": "postgres"})) == 2
+    redacted = secrets.redactor(variables)
+    assert redacted("training of postgres") == "training of postgres"
+    assert redacted("https://me:postgres@db") == "https://me:[URL]@db"
 
 
 @pytest.mark.parametrize("kind", SHAPED)
@@ -65,7 +98,10 @@ def test_a_token_is_known_by_its_shape(kind):
 
 @pytest.mark.parametrize(
     "text",
-    ["runs/sft", "b3693781c7e6a0d9f4a2b5c8d1e4f7a0b3c6d9e2", "https://host/a@b", "https://u:${oc.env:P}@h", "sk-1"],
+    [
+        *("runs/sft", "b3693781c7e6a0d9f4a2b5c8d1e4f7a0b3c6d9e2", "https://host/a@b", "https://u:${oc.env:P}@h"),
+        *("sk-1", "/data/sk-wikipedia-20240601-cleaned"),
+    ],
 )
 def test_paths_commits_and_addresses_are_none(text):
     assert not secrets.shape(text)

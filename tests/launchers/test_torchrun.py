@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,6 +44,10 @@ class Agents:
         self.all.append(agent)
         return agent
 
+    def serves(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
     def output(self) -> str:
         return "\n".join(file.read_text() for file in sorted(self.directory.glob("agent.*.log")))
 
@@ -55,8 +60,6 @@ class Agents:
 
 
 def free_port() -> int:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]
 
@@ -87,6 +90,7 @@ def test_a_run_shrinks_and_grows_under_torchrun_with_the_batch_kept(agents, tmp_
     run_dir = tmp_path / "run"
     run = agents(["stage=pretrain", f"data.path={corpus}", f"run_dir={run_dir}", *SETTINGS, *settings])
     run.add()
+    run.until(run.serves)  # where the agents meet is where one stays
     leaves = run.add()
     run.until(lambda: "2 processes on 1 machine" in run.output() and len(losses(run_dir)) >= 20)
     leaves.send_signal(signal.SIGUSR2)

@@ -2,7 +2,7 @@
 
 Every argument is torchrun's. It adds what torchrun loses: exit codes 75 and 76 reach whoever started it, instead of 1;
 the signals of a scheduler's warning reach the ranks, instead of killing the agent; ranks have `GRACE_S` for their last
-checkpoint, instead of 30 s.
+checkpoint, instead of 30 s; and nodes can join a run that is under way.
 """
 
 import os
@@ -28,19 +28,22 @@ def code_of(codes: Iterable[int]) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE_S))
+    # Agents publish the store that they share in the first round only (torch 2.13): one that joins later waits in vain.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:
         run(parse_args(["--signals-to-handle", SIGNALS, *arguments]))
     except ChildFailedError as error:
         return code_of(failure.exitcode for failure in error.failures.values())
     except SignalException:
         return STOPPED_EARLY
-    except RendezvousError as error:
+    except (RendezvousError, DistError) as error:
         print(f"error: the agents did not find each other: {error}", file=sys.stderr)
         return LOST
     return DONE

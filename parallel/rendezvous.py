@@ -11,9 +11,9 @@ lets all go, or tells all what is wrong.
     <space>/<number>/refused     how many found their seat taken; with /1, /2, ...: who
     <space>/<number>/go          what rank 0 found (a Word)
 
-An agent's store outlives the processes: where it restarts them because machines came or went, its restart count stays
-as it is, so that the keys of earlier processes are there still. A process that finds its seat taken there waits for the
-next meeting. In a store of rank 0's it is one too many.
+An agent's store outlives the processes, so that the keys of earlier ones are there still, and each agent counts its own
+restarts. A process that finds its seat taken there waits for the next meeting. In a store of rank 0's it is one too
+many.
 """
 
 import json
@@ -144,8 +144,7 @@ def meet(here: Place, seat: Seat, timeout_s: float) -> Meeting:
         return Meeting(dist.HashStore(), "longrun", Word())
     if _store is None:  # kept while the process lives: a port cannot be bound again at once
         _store = _serve(here, seat) if here.rank == 0 and not here.agent else _reach(here, seat, deadline, timeout_s)
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    space = f"longrun/{here.size}/{restart}"
+    space = f"longrun/{here.size}"  # agents that came one after the other do not count the same restarts
     waiting = _Waiting(_store, space, here, seat, deadline, timeout_s)
     number, word = waiting.as_first() if here.rank == 0 else waiting.as_other(_last)
     _last = number

@@ -18,6 +18,7 @@ from typing import Any
 
 import launchers
 from conf import entry, secrets
+from conf.checkpoints import CHECKPOINTS
 from conf.errors import LongrunError, OccupiedError
 from conf.registry import discover
 from data_pipeline.artifact import MANIFEST, Artifact, ArtifactError, fingerprint, locked, write_atomically
@@ -26,7 +27,7 @@ from launchers.base import DONE, LOST, STOPPED_EARLY, Ahead, Ended, Queue, Runni
 from launchers.display import Display, Row, duration, headline
 from launchers.graph import LifecycleConfig
 from launchers.interrupts import KILLED, heeded
-from launchers.restarts import CHECKPOINTS, Restarts
+from launchers.restarts import Restarts
 
 discover(launchers)
 

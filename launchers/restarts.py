@@ -1,22 +1,20 @@
 """Whether what was cut is started again: as long as that brings it forward."""
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-CHECKPOINTS = "checkpoints"
-COMMITTED = re.compile(r"step-(\d{8,})")
+from conf.checkpoints import steps
 
 
 def newest_step(checkpoints: Path) -> int:
     """The step of the newest committed checkpoint; -1 without one."""
-    names = [entry.name for entry in checkpoints.iterdir()] if checkpoints.is_dir() else []
-    return max((int(match[1]) for name in names if (match := COMMITTED.fullmatch(name))), default=-1)
+    return max(steps(checkpoints), default=-1)
 
 
 @dataclass
 class Restarts:
-    """The restarts of one run. A new checkpoint pays for those before it.
+    """The restarts of one run. A new checkpoint pays for those before it, also one that comes after the newest was set
+    aside as damaged.
 
     Args:
         checkpoints: the run's directory of them.
@@ -36,7 +34,7 @@ class Restarts:
 
     def another(self) -> bool:
         """Take one more restart, if there is one left."""
-        if (newest := newest_step(self.checkpoints)) > self.newest:
+        if (newest := newest_step(self.checkpoints)) != self.newest:
             self.newest, self.in_vain = newest, 0
         if self.in_vain >= self.limit:
             return False

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from conf.checkpoints import CHECKPOINTS
 from conf.errors import LongrunError
 from data_pipeline.artifact import Draft
 from data_pipeline.lease import Lease, LiveRunError
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from train.config import RunConfig
     from train.stages.training import Training
 
-CHECKPOINTS = "checkpoints"
 MODEL = "model"
 SETUP = "setup"
 """What objectives keep for restarts."""

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from conf.checkpoints import CHECKPOINTS
 from data_pipeline.artifact import MANIFEST
 from launchers.base import LOST, STOPPED_EARLY
-from launchers.restarts import CHECKPOINTS
 from launchers.slurm.resources import Resources
 
 if TYPE_CHECKING:

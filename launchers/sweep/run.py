@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conf import secrets
+from conf.checkpoints import CHECKPOINTS
 from conf.errors import LongrunError
 from data_pipeline.artifact import MANIFEST, ArtifactError
 from launchers import preflight
@@ -22,7 +23,7 @@ from launchers.base import DONE, LOST, STOPPED_EARLY, Ahead, Ended, Launcher, Qu
 from launchers.display import Display
 from launchers.interrupts import KILLED, heeded
 from launchers.local import Local
-from launchers.restarts import CHECKPOINTS, Restarts
+from launchers.restarts import Restarts
 from launchers.sweep import best, record
 from launchers.sweep.book import Book
 from launchers.sweep.config import SweepConfig

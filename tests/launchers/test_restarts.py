@@ -18,3 +18,12 @@ def test_a_new_checkpoint_pays_for_the_restarts_before_it(tmp_path):
     path_of(tmp_path, 4).mkdir()
     assert [restarts.another() for _ in range(3)] == [True, True, False]
     assert restarts.count == 4 and restarts.starts == "3 times without a new checkpoint in between"
+
+
+def test_a_checkpoint_after_the_newest_was_damaged_pays_too(tmp_path):
+    path_of(tmp_path, 8).mkdir()
+    restarts = Restarts(tmp_path, limit=1)
+    assert restarts.another()
+    path_of(tmp_path, 8).rename(damaged_of(tmp_path, 8))
+    path_of(tmp_path, 4).mkdir()
+    assert restarts.another()

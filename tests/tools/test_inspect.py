@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from conf import entry
+from conf.checkpoints import CHECKPOINTS
 from conf.errors import ConfigError
 from conf.registry import OPTIONS
 from data_pipeline.batch import IGNORED
@@ -29,7 +30,6 @@ from train.checkpoint.committed import TRAINER, path_of
 from train.config import RunConfig
 from train.progress import Progress
 from train.rundir import with_options, write_config
-from train.session import CHECKPOINTS
 
 
 @pytest.fixture(scope="module")

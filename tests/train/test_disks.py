@@ -1,5 +1,6 @@
 """Disks that are full, read-only, slow or gone, on real mounts: what is committed stays, and training goes on."""
 
+import errno
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ from tests.ranks import run_ranks
 from tests.train.kills import composed, start
 from tests.train.test_checkpoint import flip, saved, state, values
 from tests.train.test_resume import assert_same_run
+from train.checkpoint import shelf
 from train.checkpoint.checkpoints import Checkpoints
 from train.checkpoint.committed import CheckpointError, FencedError, steps
 from train.metrics.jsonl import read
@@ -176,6 +178,47 @@ def test_a_run_whose_directory_was_taken_over_commits_nothing_and_ends(tmp_path)
     [(told, names), _] = run_ranks(2, _fenced, tmp_path)
     assert names == ["step-00000001"]
     assert told == ["fault: taken over by another"]
+
+
+def _asleep(directory):
+    checkpoints, told = opened(directory)
+    save(checkpoints, 1)
+
+    def take_over() -> None:
+        """What another run does while this one sleeps, its fence just passed."""
+        for unfinished in directory.glob(".step-*"):
+            shutil.rmtree(unfinished)
+        shutil.copytree(checkpoints.path(1), checkpoints.path(2), dirs_exist_ok=True)
+
+    checkpoints._shelf.fence = take_over
+    save(checkpoints, 2)
+    with pytest.raises(FencedError, match="step-00000002 is there, and this run did not write it"):
+        checkpoints.wait()
+    return told, steps(directory)
+
+
+def test_a_run_that_slept_past_its_fence_takes_no_step_from_the_one_that_took_over(tmp_path):
+    [(told, on_disk)] = run_ranks(1, _asleep, tmp_path)
+    assert on_disk == [1, 2] and len(told) == 1
+
+
+def _unsynced(directory):
+    checkpoints, told = opened(directory)
+    sync, shelf.sync = shelf.sync, failing
+    save(checkpoints, 1)
+    shelf.sync = sync
+    assert not checkpoints.wait()
+    save(checkpoints, 1)
+    return checkpoints.wait(), told, sorted(path.name for path in directory.iterdir())
+
+
+def failing(directory: Path) -> None:
+    raise OSError(errno.EIO, "the disk is away")
+
+
+def test_a_step_whose_own_commit_was_not_synced_stays_and_is_synced_when_it_is_saved_again(tmp_path):
+    [(committed, told, names)] = run_ranks(1, _unsynced, tmp_path)
+    assert committed and len(told) == 1 and names == ["step-00000001"]
 
 
 def _slow(directory):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from conf.checkpoints import CHECKPOINTS
 from conf.registry import OPTIONS
 from data_pipeline.artifact import MANIFEST, Artifact
 from data_pipeline.batch import MicroBatch, Samples, Span
@@ -27,7 +28,6 @@ from tools.inspect.errors import InspectError
 from train.checkpoint.committed import TRAINER, path_of, steps
 from train.models import hf
 from train.rundir import CONFIG
-from train.session import CHECKPOINTS
 
 CHUNK = 2**16
 """Positions whose samples are computed together."""

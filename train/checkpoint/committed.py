@@ -1,10 +1,10 @@
 """What is on disk of a run's checkpoints: which steps, and whether they are as they were written."""
 
 import json
-import re
 import zlib
 from pathlib import Path
 
+from conf.checkpoints import steps as steps
 from conf.errors import LongrunError
 
 CHECKSUMS = "checksums.json"
@@ -12,7 +12,6 @@ TRAINER = "trainer.json"
 INDEX = "index.json"
 PICKLED_INDEX = ".metadata"
 """What torch's own writer calls its index, and this program did until it had its own."""
-NAME = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(LongrunError):
@@ -21,12 +20,6 @@ class CheckpointError(LongrunError):
 
 class FencedError(CheckpointError):
     """Another run has taken over the directory: this one must not commit."""
-
-
-def steps(directory: Path) -> list[int]:
-    """The steps with a committed checkpoint, oldest first."""
-    names = [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
-    return sorted(int(match[1]) for name in names if (match := NAME.fullmatch(name)))
 
 
 def path_of(directory: Path, step: int) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from train.checkpoint.committed import CheckpointError, path_of, steps
+from train.checkpoint.committed import CheckpointError, FencedError, path_of, steps
 
 
 class VanishedError(CheckpointError):
@@ -31,7 +31,10 @@ class Shelf:
     keep: int
     keep_every: int = 0
     fence: Callable[[], None] | None = None
-    _inode: int = field(init=False, default=0)
+    _place: tuple[int, int] = field(init=False, default=(0, 0))
+    """Which directory it is."""
+    _put: tuple[int, int] = field(init=False, default=(0, 0))
+    """Which one was committed last."""
 
     def clear(self) -> list[str]:
         """Make the directory, and remove what saves left that were cut off. Returns what is in the way."""
@@ -50,7 +53,7 @@ class Shelf:
         try:
             probe.mkdir()
             probe.rmdir()
-            self._inode = self.directory.stat().st_ino
+            self._place = _identity(self.directory)
         except OSError as error:
             return [f"rank {rank}: {error.strerror}"]
         return []
@@ -63,10 +66,10 @@ class Shelf:
             VanishedError: it is not.
         """
         try:
-            there = self.directory.stat().st_ino
+            there = _identity(self.directory)
         except OSError:
             there = None
-        if there != self._inode:
+        if there != self._place:
             raise VanishedError(f"{self.directory} has vanished: unmounted, moved or removed")
 
     def temporary(self, step: int) -> Path:
@@ -74,27 +77,38 @@ class Shelf:
         return self.directory / f".step-{step:08d}.{self.token}.tmp"
 
     def put(self, step: int) -> None:
-        """Commit what is whole, and synced, in `temporary`.
+        """Commit what is whole, and synced, in `temporary`. No step that is there is replaced: a process that sleeps
+        anywhere in here may wake up among those of the run that took over.
 
         Raises:
             VanishedError: see `check`.
-            FencedError: see `fence`.
+            FencedError: see `fence`; or the step is there, and not of this process.
         """
         self.check()
-        if self.fence is not None:
-            self.fence()
-        final = path_of(self.directory, step)
-        if final.exists():  # the sync below failed when it was committed
-            _remove(final)
-        os.replace(self.temporary(step), final)
+        self._ask()
+        temporary, final = self.temporary(step), path_of(self.directory, step)
+        if not final.exists():
+            put = _identity(temporary)
+            os.replace(temporary, final)  # refused where there is a step of that name by now
+            self._put = put
+        elif _identity(final) != self._put:
+            self._ask()
+            raise FencedError(f"{final} is there, and this run did not write it: another one writes {self.directory}.")
+        else:  # all was well but for the sync below, or the word of it to the other ranks
+            shutil.rmtree(temporary)
         sync(self.directory)
         self._retire()
+
+    def _ask(self) -> None:
+        if self.fence is not None:
+            self.fence()
 
     def _retire(self) -> None:
         """Remove the oldest. What was put there is committed: an error here is none of its."""
         for step in steps(self.directory)[: -self.keep]:
             if self.keep_every == 0 or step % self.keep_every:
                 try:
+                    self._ask()
                     _remove(path_of(self.directory, step))
                 except OSError as error:
                     print(f"{path_of(self.directory, step)} should go, and cannot be removed: {error}", flush=True)
@@ -106,6 +120,12 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(checkpoint, doomed)
     shutil.rmtree(doomed)
+
+
+def _identity(directory: Path) -> tuple[int, int]:
+    """The same for the same directory, under any name."""
+    status = directory.stat()
+    return status.st_dev, status.st_ino
 
 
 def sync(directory: Path) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conf.checkpoints import CHECKPOINTS
 from train.preflight.base import Finding, Record, Site, slow_ranks
-from train.session import CHECKPOINTS
 
 if TYPE_CHECKING:
     from train.preflight.limits import Preflight

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from conf.checkpoints import CHECKPOINTS
 from conf.errors import OccupiedError, Problem
 from conf.registry import register
 from data_pipeline.artifact import fingerprint, finished, locked
@@ -23,7 +24,7 @@ from train.guard import FaultError, Guard
 from train.models import hf
 from train.models.hf import HuggingFaceError
 from train.rundir import check_agreement, check_same, check_unfinished, recipe, together, with_options, write_config
-from train.session import CHECKPOINTS, Session
+from train.session import Session
 from train.signals import StopSignals
 from train.stages.base import DONE, Stage
 from train.start import Start

@@ -115,11 +115,11 @@ def test_ranks_of_different_groups_that_all_came_are_not_accused():
 
 
 def test_a_run_that_is_well_leaves_no_stacks(tmp_path):
-    run_ranks(2, leave_well, tmp_path)
+    run_ranks(2, leave_well, tmp_path / "stacks" / "1")
     assert not list(tmp_path.iterdir())
 
 
 def leave_well(directory: Path) -> None:
     with distributed.joined():
-        distributed.keep_stacks(directory / "stacks")
+        distributed.keep_stacks(directory)
         threading.Event().wait(2.5 * watch.BEAT_S)

@@ -62,6 +62,7 @@ def break_the_network() -> None:
     Monitor.record = disturbed  # type: ignore[method-assign, assignment]
 
 
+@pytest.mark.slow
 def test_ranks_that_all_live_go_back_to_the_checkpoint_without_leaving_their_processes(corpus, tmp_path, undisturbed):
     assert run_ranks(2, train, corpus, tmp_path / "run", TWO, break_the_network) == [0, 0]
     assert_same_run(tmp_path / "run", undisturbed)

@@ -50,7 +50,8 @@ def in_the_data() -> None:
     slowed(Loader, "batch")
 
 
-@pytest.mark.parametrize("where", [in_the_step, pytest.param(in_the_data, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", [in_the_step, in_the_data])
 def test_a_rank_that_loses_time_is_named_once_with_its_host(corpus, tmp_path, where):
     assert run_ranks(2, train, corpus, tmp_path / "run", SETTINGS, where) == [0, 0]
     alerts = alerted(tmp_path / "run")

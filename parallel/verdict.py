@@ -69,7 +69,12 @@ class Verdict:
         return ERRORS[self.kind](self.text)
 
 
-ERRORS: dict[str, type[LongrunError]] = {"lost": PeerError, "broken": BrokenError, "failed": PeerFailedError}
+ERRORS: dict[str, type[LongrunError]] = {
+    "gone": PeerError,  # and cannot say where they stand
+    "lost": PeerError,
+    "broken": BrokenError,
+    "failed": PeerFailedError,
+}
 
 
 def judge(
@@ -87,13 +92,14 @@ def judge(
     waited_for = {rank: sign for rank, sign in present.items() if sign.state == HERE}
     thrown_out = own[1].state == HURT
     if held := [rank for rank in silent if has_written(stacks, rank)]:
-        fault = {rank: silent[rank] for rank in held}
         what = "is stuck: no sign of life since step {}, but it could write its stack. Something holds the interpreter."
-    elif silent:
-        fault, what = silent, "is gone: no sign of life since step {}. Was it killed, is its machine up, had it memory?"
-    elif not thrown_out:
+        return _verdict({rank: silent[rank] for rank in held}, what, size, stacks, kind="gone")
+    if silent:
+        what = "is gone: no sign of life since step {}. Was it killed, is its machine up, had it memory?"
+        return _verdict(silent, what, size, stacks, kind="gone")
+    if not thrown_out:
         return None  # nobody is silent after all, or it is this rank that the others wait for
-    elif left:
+    if left:
         fault, what = left, "left the run after step {}, and the others did not."
     elif waited_for:
         fault, what = waited_for, "hangs: it lives, but did not come to a collective after step {}."
@@ -113,14 +119,14 @@ def _skipped(signs: dict[int, Sign], size: int, stacks: Path | None) -> Verdict:
     return Verdict([], text, "broken")
 
 
-def _verdict(fault: dict[int, Sign], what: str, size: int, stacks: Path | None) -> Verdict:
+def _verdict(fault: dict[int, Sign], what: str, size: int, stacks: Path | None, kind: str = "lost") -> Verdict:
     steps = " and ".join(map(str, sorted({sign.step for sign in fault.values()})))
     look = (
         f"Look at {stacks}/rank-{min(fault)}.txt and the end of its output."
         if stacks
         else "Look at the end of its output."
     )
-    return Verdict(sorted(fault), f"{who(fault, size)} {what.format(steps)} {look}")
+    return Verdict(sorted(fault), f"{who(fault, size)} {what.format(steps)} {look}", kind)
 
 
 def has_written(stacks: Path | None, rank: int) -> bool:

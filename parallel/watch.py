@@ -37,7 +37,6 @@ import torch.distributed as dist
 from conf.errors import LongrunError, LostError
 from parallel.standing import Standing, write_stacks
 from parallel.verdict import HERE, HURT, LEFT, Sign, Verdict, file_of, has_written, judge, table, who
-from parallel.verdict import spans as spans
 
 BEAT_S = 1.0
 """Between two signs."""
@@ -183,7 +182,8 @@ class Watch:
             return
         deadline = time.monotonic() + GATHER_S
         standings: dict[int, Standing] = {}
-        while len(standings) < self.size and time.monotonic() < deadline:
+        able = self.size - (len(verdict.ranks) if verdict.kind == "gone" else 0)
+        while len(standings) < able and time.monotonic() < deadline:
             time.sleep(BEAT_S / 10)
             signs = {**self._signs(), self.rank: Sign(standing=self._standing)}
             standings = {rank: sign.standing for rank, sign in signs.items() if sign.standing}

@@ -50,7 +50,7 @@ def work(kind: str, directory: Path) -> None:
                 dist.all_reduce(torch.ones(1), group=own_group)
     except LongrunError as error:
         (directory / str(world.rank)).write_text(f"{time.time() - began - COLLECTIVE_S:.1f} s: {error}")
-        time.sleep(3)
+        time.sleep(5)  # so that none ends before all others have written
         os._exit(error.exit_code)
 
 

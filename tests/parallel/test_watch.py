@@ -207,6 +207,7 @@ def hang_on_rank_1(directory: Path) -> None:
         time.sleep(60)  # so that rank 1 is the first to end
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_and_shows_where_it_stands(tmp_path):
     with pytest.raises(RanksError, match="rank 1 of 3 failed: it died with exit code 76") as failure:
         run_ranks(3, hang_on_rank_1, tmp_path)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from parallel.distributed import World
-from parallel.watch import spans
+from parallel.verdict import spans
 
 if TYPE_CHECKING:
     from train.config import RunConfig

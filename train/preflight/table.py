@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import median
 
-from parallel.watch import spans
+from parallel.verdict import spans
 from train.preflight.base import Record, by_host
 from train.preflight.clocks import bounds
 from train.preflight.links import AXES

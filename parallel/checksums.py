@@ -9,7 +9,10 @@ fingerprint with it, but for one chance in 2^64. Memory is read twice and nothin
 Shape suffixes: T tensors, S sums of all their lines, K kinds of pieces, R ranks.
 """
 
+import functools
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,6 +20,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from parallel.reduce import local_of
+
+Place = tuple[tuple[int, int], ...]
+"""Axes of a mesh that a tensor is shared out over, and this rank's coordinates there: which piece it has."""
 
 SMALL = 256
 """Words up to which a tensor is looked at word by word."""
@@ -89,6 +95,9 @@ class Replicas:
     """Which ranks hold the same: pieces by name and by place on the axes that share them out. What a checkpoint would
     hold once must be the same, bit for bit, wherever it is held. All ranks make it together.
 
+    Of the names at a place ranks tell each other a digest. Only where ranks at one place have other names, as stages of
+    a pipeline do, they tell the names, once for all that have the same ones.
+
     Args:
         state: this rank's tensors, by name, as `Engine.state` has them.
         device: where sums are.
@@ -100,23 +109,31 @@ class Replicas:
     def __init__(self, state: Mapping[str, Tensor], device: torch.device):
         self.device = device
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        pieces = [f"{name}{_place(tensor)}" for name, tensor in state.items()]
-        told: list[list[str]] = [[]] * self.size
-        dist.all_gather_object(told, pieces)
-        holders: dict[str, tuple[int, ...]] = {}
-        for rank, theirs in enumerate(told):
-            for piece in theirs:
-                holders[piece] = (*holders.get(piece, ()), rank)
-        shared = {ranks for ranks in holders.values() if len(ranks) > 1}
-        self._kinds_of = [sorted(ranks for ranks in shared if rank in ranks) for rank in range(self.size)]
-        self.kinds = self._kinds_of[self.rank]
+        self.names = list(state)
+        numbers = {name: number for number, name in enumerate(self.names)}
+        mine: dict[Place, list[str]] = {}
+        for name in sorted(state):
+            mine.setdefault(_place(state[name]), []).append(name)
+        ranks_at, names_of = _exchanged(mine)
+        together = functools.cache(partial(_together, names_of))
+        members: dict[tuple[int, ...], list[str]] = {}
+        for ranks_of in ranks_at.values():
+            for digests, names in together(tuple(sorted(ranks_of))).items():
+                ranks = tuple(sorted(rank for digest in digests for rank in ranks_of[digest]))
+                if len(ranks) > 1:
+                    members.setdefault(ranks, []).extend(names if self.rank in ranks else ())
+        self._all = sorted(members)
+        """Every rank's kinds."""
+        self._kinds_of: list[list[int]] = [[] for _ in range(self.size)]
+        for number, ranks in enumerate(self._all):
+            for rank in ranks:
+                self._kinds_of[rank].append(number)
+        self.kinds = [self._all[number] for number in self._kinds_of[self.rank]]
         self.width = max(map(len, self._kinds_of))
         """K: the most that a rank has."""
-        self._members: list[Tensor] = []
-        for kind in self.kinds:
-            numbered = sorted((piece, number) for number, piece in enumerate(pieces) if holders[piece] == kind)
-            self._members.append(torch.tensor([number for _, number in numbered], device=device))
-        self.names = list(state)
+        self._members = [
+            torch.tensor([numbers[name] for name in sorted(members[kind])], device=device) for kind in self.kinds
+        ]
 
     @torch.no_grad()
     def of(self, sums_T: Tensor) -> Tensor:
@@ -129,11 +146,11 @@ class Replicas:
 
     def differing(self, sums_RK: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         """The sets of ranks that do not all have the same; every rank gets the same answer."""
-        found: dict[tuple[int, ...], set[int]] = {}
+        found: dict[int, set[int]] = {}
         for kinds, sums_K in zip(self._kinds_of, sums_RK, strict=True):
             for kind, value in zip(kinds, sums_K, strict=False):
                 found.setdefault(kind, set()).add(value)
-        return sorted(kind for kind, values in found.items() if len(values) > 1)
+        return [self._all[kind] for kind in sorted(found) if len(found[kind]) > 1]
 
     def shared_names(self, kind: tuple[int, ...]) -> dict[str, int]:
         """Names of this rank's pieces of a kind -> their number among all tensors; none where it has none of it."""
@@ -142,8 +159,48 @@ class Replicas:
         return {self.names[number]: number for number in self._members[self.kinds.index(kind)].tolist()}
 
 
-def _place(tensor: Tensor) -> tuple[tuple[int, int], ...]:
-    """This rank's coordinates on the axes of a mesh that a tensor is shared out over: which piece it has."""
+def _exchanged(mine: Mapping[Place, list[str]]) -> tuple[dict[Place, dict[str, list[int]]], dict[str, list[str]]]:
+    """Where who has which names: the ranks at each place by the digest of their names there; and the names by their
+    digest, those of this rank and those that are not the only ones at a place."""
+    names_of = {_digest(names): names for names in mine.values()}
+    told: list[dict[Place, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(told, {place: _digest(names) for place, names in mine.items()})
+    ranks_at: dict[Place, dict[str, list[int]]] = {}
+    for rank, theirs in enumerate(told):
+        for place, digest in theirs.items():
+            ranks_at.setdefault(place, {}).setdefault(digest, []).append(rank)
+    first_of: dict[str, int] = {}
+    for ranks_of in ranks_at.values():
+        for digest, ranks in ranks_of.items() if len(ranks_of) > 1 else ():
+            first_of[digest] = min(ranks[0], first_of.get(digest, ranks[0]))
+    for digest in sorted(first_of):
+        told_names = [names_of.get(digest, [])]
+        dist.broadcast_object_list(told_names, src=first_of[digest])
+        [names_of[digest]] = told_names
+    return ranks_at, names_of
+
+
+def _together(names_of: Mapping[str, list[str]], digests: tuple[str, ...]) -> dict[tuple[str, ...], list[str]]:
+    """Names that ranks at one place have, by who has them: some of the digests. Of a single digest that is none of this
+    rank's, the names are not known."""
+    if len(digests) == 1:
+        return {digests: names_of.get(digests[0], [])}
+    holders: dict[str, list[str]] = {}
+    for digest in digests:
+        for name in names_of[digest]:
+            holders.setdefault(name, []).append(digest)
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name, theirs in holders.items():
+        found.setdefault(tuple(theirs), []).append(name)
+    return found
+
+
+def _digest(names: Iterable[str]) -> str:
+    return hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest()
+
+
+def _place(tensor: Tensor) -> Place:
+    """Of this rank's piece."""
     if not isinstance(tensor, DTensor):
         return ()
     coordinate = tensor.device_mesh.get_coordinate()

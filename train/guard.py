@@ -32,6 +32,8 @@ T = TypeVar("T")
 SKIP, ROLL_BACK, STOP = "skip", "roll_back", "stop"
 NONFINITE, SPIKE, COMPUTATION = "nonfinite", "spike", "computation"
 MEMORY, REPLICAS = "memory", "replicas"
+OF_STEPS = (NONFINITE, SPIKE, COMPUTATION)
+"""Those that befall a step. The others are found by the next patrol, so two accidents may be told at one step."""
 SHOWN = 3
 """Tensors that a message names."""
 
@@ -77,8 +79,8 @@ class Guard:
         replicas: about ranks that should hold the same of these and do not; cannot be skipped.
         every: steps between the patrols that look for both; also before every checkpoint; 0 never. Replicas stay
             different, so each patrol finds what happened since the last one; of memory it watches one step.
-        max_roll_backs: times that the run goes back to the same checkpoint before it stops. The same kind of fault at
-            the same step for the second time stops it, too.
+        max_roll_backs: times that the run goes back to the same checkpoint before it stops. A step that is left out
+            for the same reason for the second time stops it, too.
     """
 
     nonfinite: str = STOP
@@ -147,7 +149,7 @@ class Guard:
         Raises:
             FaultError: it is the same fault again, or the run does not get ahead.
         """
-        same = any((kind, step) == (fault.kind, fault.step) for kind, step, _ in earlier)
+        same = fault.kind in OF_STEPS and any((kind, step) == (fault.kind, fault.step) for kind, step, _ in earlier)
         times = sum(step == to for *_, step in earlier)
         if same:
             reason = (
@@ -208,9 +210,10 @@ class Patrol:
     Args:
         engine: whose; its `before_update` is taken.
         every: steps between patrols; 0 none.
+        replicas: of this engine, where they are known from an earlier patrol.
     """
 
-    def __init__(self, engine: Engine, every: int):
+    def __init__(self, engine: Engine, every: int, replicas: Replicas | None = None):
         self.engine, self.every = engine, every
         self._due = False
         self._kept_T: Tensor | None = None
@@ -219,7 +222,7 @@ class Patrol:
         self._pending: _Pending | None = None
         if every:
             self._checksums = Checksums(engine.device)
-            self._replicas = Replicas(engine.state(), engine.device)
+            self._replicas = replicas or Replicas(engine.state(), engine.device)
             engine.before_update = self._before_update
 
     def check(self, step: int, wait: bool = False) -> None:

@@ -123,9 +123,10 @@ class Loop:
                 result = self.engine.train_step(batch, self.objective, factor)  # all ranks update or all skip
             self.progress.step = step = step + 1
             self.monitor.record(step, result, batch, factor * self.learning_rate, self.signals.received is not None)
+            due = self.checkpoints.due(step)
             with self.clock.on("guard"):
-                self.patrol.check(step)
-            if self.checkpoints.due(step):
+                self.patrol.check(step, wait=due)  # what is gone back to must be good
+            if due:
                 self.save()  # returns once the tensors are copied
             self.validate(step)
         self._save_last()
@@ -138,11 +139,12 @@ class Loop:
     def save(self) -> None:
         with self.clock.on("checkpoint"):
             self.monitor.flush()
-            self.patrol.check(self.progress.step, wait=True)  # what is gone back to must be good
             self.progress.seconds = self.earlier_s + self.clock.total_s
             self.checkpoints.save(self.progress.step, self.engine.state(), self.progress.state())
 
     def _save_last(self) -> None:
+        with self.clock.on("guard"):
+            self.patrol.check(self.progress.step, wait=True)
         self.save()
         while not self._saved():
             self.save()

@@ -58,6 +58,8 @@ class Monitor:
         guard: what is done about skipped steps.
         copies: ranks that see the same samples (world size / data-parallel ranks).
         device: whose memory is shown.
+        group: of all ranks, for small sums of every step on the host; used by nobody else, so that they never
+            interleave with the step's collectives.
         straggler: times the median of its peers' own time per step from which on a rank is named; 0 names none.
         stages: pipeline stages, whose ranks are peers.
     """
@@ -74,6 +76,7 @@ class Monitor:
         guard: Guard,
         copies: int,
         device: torch.device,
+        group: dist.ProcessGroup,
         straggler: float = 0.0,
         stages: int = 1,
     ):
@@ -91,10 +94,9 @@ class Monitor:
         self.stop = False
         """Whether a rank was asked to stop; the same on all ranks."""
         self._pending: _Pending | None = None
-        # Small sums of every step; their own group, so that they never interleave with the step's collectives.
-        self._group = dist.new_group(backend="gloo")
-        self._stragglers = Stragglers(straggler, stages, self._group) if straggler else None
-        self._data = (0, 0.0)
+        self._group = group
+        self._stragglers = Stragglers(straggler, stages, group) if straggler else None
+        self._data = (progress.step, clock.seconds["data"])
         """(steps, seconds of waiting for data) at the last look at the ranks' own times."""
         self._marks = [(self._training_s(), progress.tokens)]
         """(seconds of training, tokens) at the start and after each step that was read."""
@@ -165,6 +167,8 @@ class Monitor:
             self._log(pending, dict(figures), skipped)
         if skipped:
             self.guard.skipped(pending.step, figures, self.progress.skipped_in_a_row)
+            kind = SPIKE if kind_of(figures) == SPIKE else "fault"
+            self.metrics.alert(kind, f"step {pending.step} was skipped, {why(figures)}")
 
     def _log(self, pending: _Pending, figures: dict[str, float], skipped: bool) -> None:
         before, self._line = self._line, self._marks[-1]
@@ -187,8 +191,6 @@ class Monitor:
             line["spike"] = int(kind_of(line) == SPIKE)
         self.last = line
         self.metrics.log(pending.step, line)
-        if skipped:
-            self.metrics.alert("spike", f"step {pending.step} was skipped, {why(line)}")
 
     def _training_s(self) -> float:
         """A clock that stands still during validations."""

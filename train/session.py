@@ -18,6 +18,7 @@ from data_pipeline.artifact import Draft
 from data_pipeline.lease import Lease, LiveRunError
 from data_pipeline.loader import Loader
 from data_pipeline.mixture import Mixture
+from parallel.checksums import Replicas
 from parallel.distributed import World
 from parallel.precision import compute_dtype
 from train.checkpoint.checkpoints import Checkpoints
@@ -114,6 +115,9 @@ class Session:
         self.samples: Samples = config.objective.setup(self.engine, samples, directory / SETUP)
         self.held_out: Samples = config.objective.setup(self.engine, held_out, directory / SETUP)
         self.progress = ledger.progress = self._resume()
+        # What the loop needs, and every one that begins after going back, too.
+        self.small = dist.new_group(backend="gloo")
+        self.replicas = Replicas(self.engine.state(), world.device) if config.guard.every else None
 
     def _resume(self) -> Progress:
         """Go on from the newest checkpoint that verifies, or begin."""
@@ -225,6 +229,7 @@ class Session:
             guard=config.guard,
             copies=self.world.size // self.engine.dp_size,
             device=self.world.device,
+            group=self.small,
             straggler=config.failures.straggler if self.world.size > 1 else 0.0,
             stages=config.parallel.pp,
         )
@@ -248,7 +253,7 @@ class Session:
             steps=stage.steps,
             progress=progress,
             monitor=monitor,
-            patrol=Patrol(self.engine, config.guard.every),
+            patrol=Patrol(self.engine, config.guard.every, self.replicas),
             checkpoints=self.checkpoints,
             validation=validation,
             clock=self.clock,

@@ -1,6 +1,8 @@
 """Fingerprints tell every small change; replicas that differ are found on every layout, and named where most agree."""
 
+import pickle
 import random
+import time
 
 import pytest
 import torch
@@ -107,3 +109,22 @@ def test_replicas_that_differ_in_one_bit_are_found_by_all_ranks(case):
     for rank, (quiet, found, names, kinds) in enumerate(told):
         assert quiet == [] and found == [holders] and kinds
         assert (f"optimizer.{name}.exp_avg_sq" in names) == (rank in holders)
+
+
+def test_of_many_ranks_that_have_the_same_names_no_names_are_exchanged(monkeypatch):
+    told = []
+
+    def gather(everyones, mine):
+        told.append(mine)
+        everyones[:] = [mine] * 1024
+
+    monkeypatch.setattr(dist, "get_rank", lambda: 5)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1024)
+    monkeypatch.setattr(dist, "all_gather_object", gather)  # and nothing else
+    state = {f"model.layers.{number}.mlp.up_proj.weight": torch.ones(1) for number in range(400)}
+    began = time.process_time()
+    replicas = Replicas(state, CPU)
+    assert replicas.differing([[5]] * 1024) == [] and replicas.differing([[5]] * 1023 + [[4]]) == replicas.kinds
+    assert time.process_time() - began < 0.5
+    assert replicas.kinds == [tuple(range(1024))] and len(replicas.shared_names(replicas.kinds[0])) == 400
+    assert len(pickle.dumps(told)) < 200

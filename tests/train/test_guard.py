@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from conf import entry
@@ -103,13 +105,14 @@ def several(corpus: Path, runs: dict[Path, tuple[Sequence[str], Sequence[Fault]]
     for run_dir, (settings, faults) in runs.items():
         said = io.StringIO()
         sys.argv = ["train", "stage=pretrain", f"data.path={corpus}", f"run_dir={run_dir}", *SETTINGS, *settings]
-        with faulty(faults), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        groups = mock.patch.object(dist, "new_group", wraps=dist.new_group)
+        with faulty(faults), groups as made, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             try:
                 entry.run("train", RunConfig, main)
                 code = 0
             except SystemExit as end:
                 code = end.code
-        ended[run_dir.name] = code, said.getvalue()
+        ended[run_dir.name] = code, f"{said.getvalue()}\n{made.call_count} groups of ranks were made"
     return ended
 
 
@@ -157,6 +160,11 @@ def test_a_run_that_went_back_four_times_is_bit_identical_to_an_undisturbed_one(
     assert_same_run(room / "disturbed", room / "unguarded")
 
 
+def test_going_back_makes_no_groups_of_ranks(replicated):
+    guarded, disturbed = (replicated[1][0][name][1].splitlines()[-1] for name in ("guarded", "disturbed"))
+    assert guarded == disturbed and guarded.endswith("groups of ranks were made")
+
+
 def test_what_went_wrong_is_told_with_kind_step_rank_host_and_tensor(replicated):
     said = replicated[1][0]["disturbed"][1]
     memory, computation, replicas, nonfinite = [line for line in said.splitlines() if line.startswith("fault: ")]
@@ -199,10 +207,17 @@ def test_of_shards_that_nobody_else_holds_the_memory_is_watched(corpus, tmp_path
 
 
 def test_the_same_fault_at_the_same_step_again_ends_the_run():
-    guard, earlier = Guard(), [["replicas", 9, 4], ["memory", 7, 4]]  # as a checkpoint has them
-    guard.judge_roll_back(FaultError("memory", 9, "A flip."), 8, earlier)
-    with pytest.raises(FaultError, match=r"A flip\. The run went back .* and met it again at the same step"):
-        guard.judge_roll_back(FaultError("replicas", 9, "A flip."), 8, earlier)
+    guard, earlier = Guard(), [["nonfinite", 9, 4], ["computation", 7, 4]]  # as a checkpoint has them
+    guard.judge_roll_back(FaultError("computation", 9, "A flip."), 8, earlier)
+    with pytest.raises(FaultError, match=r"A NaN\. The run went back .* and met it again at the same step"):
+        guard.judge_roll_back(FaultError("nonfinite", 9, "A NaN."), 8, earlier)
+
+
+@pytest.mark.parametrize("kind", ["memory", "replicas"])
+def test_two_accidents_before_the_same_patrol_are_not_called_the_same(kind):
+    Guard().judge_roll_back(FaultError(kind, 20, "Another flip."), 10, [(kind, 20, 10)])
+    with pytest.raises(FaultError, match=r"guard\.max_roll_backs=3\. Take the machine"):
+        Guard().judge_roll_back(FaultError(kind, 20, "A fourth flip."), 10, [(kind, 20, 10)] * 3)
 
 
 def test_going_back_to_the_same_checkpoint_too_often_ends_the_run():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from conf.errors import LongrunError, OccupiedError
 from data_pipeline.batch import MicroBatch
@@ -79,6 +80,9 @@ class Recorder:
     def open(self, run):
         return self
 
+    def alert(self, kind, text):
+        self.events.append(("alert", kind, text))
+
     def log(self, step, values):
         self.events.append(("log", step, dict(values)))
 
@@ -99,6 +103,7 @@ def loop_of(recorder, progress=None, validate_every=2, patience=0, guard=Guard()
         guard=guard,
         copies=1,
         device=world.device,
+        group=dist.group.WORLD,
     )
     validation = Validation(recorder, None, [], progress, monitor, validate_every, patience, ema=True)
     return Loop(
@@ -160,6 +165,19 @@ def test_figures_are_read_one_step_late_and_all_are_read_before_a_save():
     assert [e[2]["samples"] for e in events if e[0] == "save"] == [4, 8, 12, 12]
 
 
+def _patrolled():
+    loop = loop_of(Recorder(), validate_every=0)
+    looks = []
+    loop.patrol = SimpleNamespace(check=lambda step, wait=False: looks.append((step, wait)))
+    loop.run()
+    return looks
+
+
+def test_the_state_is_looked_at_once_a_step_and_known_to_be_good_before_it_is_saved():
+    looks = run_ranks(1, _patrolled)[0]
+    assert looks == [(step, step % 2 == 0) for step in range(1, STEPS + 1)] + [(STEPS, True)]
+
+
 def test_early_stopping_counts_validations_since_the_best():
     losses = [5.0, 3.0, 4.0, 3.5, 1.0]
     end, _, progress = ran(Recorder(losses), patience=2)
@@ -190,6 +208,7 @@ def test_spikes_and_what_is_not_finite_are_told_apart_and_counted_together():
     _, events, progress = ran(Recorder(skipped_steps=(2,), spikes=(3, 5)), guard=SKIPPING)
     assert progress.skipped == [2, 3, 5]
     assert [e[2]["spike"] for e in events if e[0] == "log" and e[2].get("skipped")] == [0, 1, 1]
+    assert [e[1] for e in events if e[0] == "alert"] == ["fault", "spike", "spike"]
     message = run_ranks(1, _diverged, Recorder(skipped_steps=(2, 3), spikes=(4,)), Progress())[0]
     assert "far above those before: loss 4, norm 0.5" in message and "raise guard.spike_strength" in message
     message = run_ranks(1, _diverged, Recorder(skipped_steps=(4,), spikes=(2, 3)), Progress())[0]
@@ -205,6 +224,8 @@ def _diverged(recorder, progress):
     try:
         _run(recorder, {"progress": progress, "guard": SKIPPING})
     except FaultError as error:
+        alerts = [event[2] for event in recorder.events if event[0] == "alert"]
+        assert not any(text.startswith("step 4 ") for text in alerts), "the fault is told by who answers it"
         return str(error)
 
 

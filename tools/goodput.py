@@ -16,7 +16,7 @@ from conf import entry
 from conf.errors import LongrunError
 from conf.registry import register
 from launchers.display import duration
-from train.goodput import BEAT_S, DIRECTORY, LOST, OVERHEAD, USEFUL, Account, Attempt, account, read
+from train.goodput import DIRECTORY, LOST, OVERHEAD, USEFUL, WRITTEN_S, Account, Attempt, account, read
 
 
 class NoAttemptsError(LongrunError):
@@ -55,7 +55,7 @@ def ending(attempt: Attempt, last: bool) -> str:
     """How an attempt ended, as far as its record tells."""
     if attempt.exit is not None:
         return {0: "0 done", 75: "75 stopped", 76: "76 lost"}.get(attempt.exit, f"{attempt.exit} failed")
-    return "under way" if last and time.time() - attempt.alive_s < 10 * BEAT_S else "killed or lost"
+    return "under way" if last and time.time() - attempt.alive_s < 10 * WRITTEN_S else "killed or lost"
 
 
 def show(name: str, found: Account) -> None:

@@ -1,8 +1,8 @@
 """Goodput: the share of a run's wall time that went into training steps that are part of its result.
 
 Every attempt (one start of the processes) keeps a record, `attempts/<number>.json` in the run directory, rewritten
-while it is under way, so that of one that is killed no more than the last BEAT_S are missing. Together they account for
-the wall time of a run, over all its restarts:
+while it is under way, so that of one that is killed no more than the last WRITTEN_S are missing. Together they account
+for the wall time of a run, over all its restarts:
 
     useful     data, compute, communication: of steps that are kept
     overhead   init (interpreter and imports included), preflight, checkpoint (stall), evaluation, guard, profile (what
@@ -25,7 +25,7 @@ import threading
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -40,9 +40,9 @@ from train.progress import Progress
 from train.throughput import Clock
 
 DIRECTORY = "attempts"
-BEAT_S = 1.0
+WRITTEN_S = 1.0
 """Between two writes of a record."""
-PATIENCE_S = 10.0
+CLOSING_S = 10.0
 """So long a run waits, at its end, for a file system to take the last one."""
 
 USEFUL = ("compute", "communication", "data")
@@ -66,6 +66,7 @@ class Attempt:
         seconds: where the time between went.
         spans: see train.throughput.Clock.
         skipped: steps of this attempt that changed nothing.
+        committed: step of the newest checkpoint; 0 without one.
         exit: the exit code; None while it is under way, or where it was killed.
     """
 
@@ -80,6 +81,7 @@ class Attempt:
     seconds: dict[str, float] = field(default_factory=dict)
     spans: list[list[tuple[int, float]]] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
+    committed: int = 0
     exit: int | None = None
 
     @property
@@ -112,7 +114,7 @@ class Share:
         seconds: by USEFUL, OVERHEAD and LOST; `down` is the time before it began.
         first: step it began at; None where it did not come to train.
         last: steps done at its end.
-        lost: steps of it that were trained again.
+        lost: steps of it that were trained again, or would have to be.
         skipped: steps among those kept that changed nothing.
     """
 
@@ -175,7 +177,10 @@ def account(attempts: Sequence[Attempt]) -> Account:
     shares = []
     limit: float = float("inf")  # the earliest step that anything later began at
     for i in range(len(attempts) - 1, -1, -1):
-        attempt, last = attempts[i], i == len(attempts) - 1
+        attempt, ended = attempts[i], attempts[i].exit in (0, 75)
+        if attempt.spans and not ended and limit == float("inf"):  # nothing went on from it so far
+            limit = attempt.committed
+            ended = attempt.spans[-1][-1][0] <= limit
         later, kept_s, kept, lost = limit, 0.0, 0, 0
         for span in reversed(attempt.spans):
             first, end = span[0][0], span[-1][0]
@@ -183,7 +188,7 @@ def account(attempts: Sequence[Attempt]) -> Account:
             kept, lost = kept + int(until) - first, lost + end - int(until)
             kept_s += _at(span, until) - span[0][1]
             limit = min(limit, first)
-        if attempt.spans and (last or attempt.exit in (0, 75)):  # what follows the last step belongs to it
+        if attempt.spans and ended:  # what follows the last step belongs to it
             kept_s += attempt.trained_s - attempt.spans[-1][-1][1]
         skipped = sum(step <= later for step in attempt.skipped)
         skipped_s = kept_s * skipped / max(kept, 1)
@@ -213,6 +218,8 @@ class Ledger(AbstractContextManager["Ledger"]):
         self.clock = Clock(torch.device("cpu"))
         self.progress: Progress | None = None
         """Once it is known: tells skipped steps."""
+        self.newest: Callable[[], int | None] = lambda: None
+        """Asked, from any thread, for the step of the newest checkpoint."""
         self._code: int | None = None
         self._earlier: list[Attempt] = []
         self._attempt: Attempt | None = None
@@ -263,7 +270,7 @@ class Ledger(AbstractContextManager["Ledger"]):
             return
         self._attempt.exit = self._code if error is None else _code_of(error)
         self._closing.set()
-        self._thread.join(PATIENCE_S)
+        self._thread.join(CLOSING_S)
 
     def _keep(self) -> None:
         """In a thread of its own: a file system that is slow, or gone, holds up nothing."""
@@ -280,7 +287,7 @@ class Ledger(AbstractContextManager["Ledger"]):
                 told = True
             if last:
                 return
-            self._closing.wait(BEAT_S)
+            self._closing.wait(WRITTEN_S)
 
     def _now(self, attempt: Attempt) -> Attempt:
         """The record as it is at this moment."""
@@ -289,7 +296,8 @@ class Ledger(AbstractContextManager["Ledger"]):
         first = min((span[0][0] for span in spans), default=0)
         skipped = [step for step in list(self.progress.skipped) if step > first] if self.progress else []
         alive_s = attempt.began_s + sum(seconds.values())
-        return replace(attempt, alive_s=alive_s, seconds=seconds, spans=spans, skipped=skipped)
+        committed = self.newest() or 0
+        return replace(attempt, alive_s=alive_s, seconds=seconds, spans=spans, skipped=skipped, committed=committed)
 
 
 def _code_of(error: BaseException) -> int:

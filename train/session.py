@@ -100,6 +100,7 @@ class Session:
             fence=self._fence,
         )
         stack.callback(self.checkpoints.close)
+        ledger.newest = lambda: self.checkpoints.newest
         self.engine = config.engine.build(
             start.build(),
             config.parallel,

@@ -11,7 +11,7 @@ import torch
 from data_pipeline.artifact import Artifact
 from tests.train.runs import begin, until
 from tools.goodput import GoodputConfig, NoAttemptsError, ending, main
-from train.goodput import BEAT_S, Attempt, Ledger, account, age_s, read
+from train.goodput import WRITTEN_S, Attempt, Ledger, account, age_s, read
 from train.throughput import MARKS, Clock
 
 RUN = ("stage.steps=60", "stage.checkpoint_every=5", "stage.validate_every=20", "model.hidden=256")
@@ -53,7 +53,7 @@ def test_the_seconds_of_a_run_that_was_killed_twice_add_up_to_its_wall_time(kill
 
 def test_a_kill_costs_the_record_no_more_than_what_came_since_the_last_write(killed):
     down = account(read(killed.run_dir)).seconds["down"]
-    assert killed.dead_s <= down <= killed.dead_s + 2 * (BEAT_S + 0.5)
+    assert killed.dead_s <= down <= killed.dead_s + 2 * (WRITTEN_S + 0.5)
 
 
 def test_the_steps_that_were_trained_again_are_the_ones_that_are_lost(killed):
@@ -126,6 +126,19 @@ def test_the_step_that_a_kill_cut_off_is_lost():
     cut.alive_s += 0.5
     found = account([cut, attempt(2, 40, 20, 30, exit=0)])
     assert found.lost_steps == 0 and found.seconds["lost"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("facts", "lost"), [({}, 5), ({"exit": 1}, 5), ({"exit": 75}, 0), ({"exit": 0}, 0)])
+def test_of_the_last_attempt_what_no_checkpoint_holds_is_lost_unless_it_ended_with_one(facts, lost):
+    found = account([attempt(1, 0, 0, 50, committed=40), attempt(2, 70, 40, 95, committed=90, **facts)])
+    assert [share.lost for share in found.shares] == [10, lost]
+    assert found.useful_s == pytest.approx(95 - lost) and found.seconds["lost"] == pytest.approx(10 + lost)
+    assert account([attempt(1, 0, 0, 50)]).lost_steps == 50, "there is none"
+
+
+def test_attempts_that_did_not_come_to_train_leave_the_one_before_them_the_last():
+    found = account([attempt(1, 0, 0, 50, committed=40), attempt(2, 70, 40, 40, committed=40, exit=1)])
+    assert found.lost_steps == 10
 
 
 def test_going_back_within_a_process_loses_what_was_trained_since(monkeypatch):

@@ -100,3 +100,12 @@ class Queue(Launcher, Protocol):
             at_once: elements that may run at the same time.
         """
         ...
+
+    def withdraw(self, now: bool) -> None:
+        """Take the stages out of the queue that were put into it and not started by this process. Those that already
+        run are asked to write a checkpoint and end.
+
+        Args:
+            now: end those as they are.
+        """
+        ...

@@ -334,6 +334,8 @@ class Life:
     def _interrupted(self) -> None:
         """The stages are asked to write a checkpoint; the second time they are killed."""
         self.stop_requests += 1
+        if isinstance(self.config.launcher, Queue):
+            self.config.launcher.withdraw(now=self.stop_requests > 1)
         for attempt in self.running.values():
             if self.stop_requests == 1:
                 attempt.running.stop()

@@ -54,7 +54,8 @@ class Local:
         """This machine for so many stages at the same time, of so many processes each: every one has its share of the
         cores, and GPUs of its own where there are enough."""
         threads = self.threads or max(1, len(os.sched_getaffinity(0)) // (count * processes))
-        gpus = (self.devices or os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(_gpus())).split(",")
+        given = self.devices or os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = (",".join(map(str, range(_gpus()))) if given is None else given).split(",")
         each = max(1, len(gpus) // count)
         shares = [",".join(gpus[part * each % len(gpus) :][:each]) for part in range(count)]
         return [replace(self, threads=threads, devices=share) for share in shares]
@@ -170,9 +171,10 @@ def _forward(process: subprocess.Popen[str], rank: int, output: Output) -> None:
         output(rank, line.rstrip("\n"))
 
 
-def _gpus() -> list[str]:
-    """The numbers of NVIDIA's devices."""
-    return sorted((file.name.removeprefix("nvidia") for file in Path("/dev").glob("nvidia[0-9]*")), key=int)
+def _gpus() -> int:
+    """How many of NVIDIA's devices are here. CUDA counts them from 0, also where a container has but some of them,
+    under the machine's numbers."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def _free_port() -> int:

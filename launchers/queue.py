@@ -8,21 +8,26 @@ manifest as it does elsewhere.
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from conf.errors import ConfigError, Problem
 from conf.registry import register
+from data_pipeline.artifact import MANIFEST
 from launchers.base import DONE, LOST, STOPPED_EARLY, Ahead, Ended, Output
 from launchers.slurm import cluster, jobs
+from launchers.slurm.cluster import SlurmError
 from launchers.slurm.resources import Resources
-from launchers.slurm.script import CANCELLED, KILLED, LOGS, Batch, Run
+from launchers.slurm.script import CANCELLED, GIVEN_UP, KILLED, LOGS, Batch, Run
 
 RECENT_BYTES = 1 << 16
 """Of what the ranks of a job printed before it was joined."""
 
 _ahead: dict[Path, "SlurmJob"] = {}
 """Jobs that this process has submitted and not yet joined."""
+_waiting: dict[Path, Ahead] = {}
+"""Stages that are in the queue, whoever submitted them, and that this process has not yet started."""
 
 
 @register("launcher", "slurm")
@@ -53,11 +58,14 @@ class Slurm(Resources):
         """
         run = Run(_run_dir(command), list(command))
         joined = _ahead.pop(run.directory, None)
-        if job := jobs.live_job(run.directory):
-            recent = {file: max(0, size - RECENT_BYTES) for file, size in _sizes(run).items()}
-            joined = joined or SlurmJob(job.number, run, recent)
-        elif joined is None:
-            joined = self._submit(Ahead(run.directory.name, run.directory, command, processes, [], False), "")
+        _waiting.pop(run.directory, None)
+        with jobs.claimed([run.directory]):
+            if job := jobs.live_job(run.directory):
+                recent = {file: max(0, size - RECENT_BYTES) for file, size in _sizes(run).items()}
+                joined = joined or SlurmJob(job.number, run, recent)
+            elif joined is None or joined.was_let_go():
+                joined = self._submit(Ahead(run.directory.name, run.directory, command, processes, [], False), "")
+                self._put_behind(run.directory)
         joined.output, joined.poll_s = output, self.poll_s
         return joined
 
@@ -66,21 +74,51 @@ class Slurm(Resources):
             raise ConfigError(found)
         numbers: dict[str, str] = {}
         for stage in stages:
-            if job := jobs.live_job(stage.directory):
-                numbers[stage.name] = job.number
-                continue
-            waits = [numbers[other] for other in stage.after]
-            after = f"{'afterany' if stage.always else 'afterok'}:{':'.join(waits)}" if waits else ""
-            _ahead[stage.directory] = self._submit(stage, after)
-            numbers[stage.name] = _ahead[stage.directory].number
+            with jobs.claimed([stage.directory]):
+                _waiting[stage.directory] = stage
+                if job := jobs.live_job(stage.directory):
+                    numbers[stage.name] = job.number
+                    continue
+                _ahead[stage.directory] = self._submit(stage, _after(stage, [numbers[other] for other in stage.after]))
+                numbers[stage.name] = _ahead[stage.directory].number
         return {name: f"job {number}" for name, number in numbers.items()}
 
     def together(self, name: str, stages: Sequence[Ahead], at_once: int) -> str:
         if found := self._cluster_problems(stages):
             raise ConfigError(found)
-        new = [stage for stage in stages if not jobs.live_job(stage.directory)]
-        if not new:
-            return ""
+        with jobs.claimed([stage.directory for stage in stages]):
+            _waiting.update({stage.directory: stage for stage in stages})
+            new = [stage for stage in stages if not jobs.live_job(stage.directory)]
+            return self._submit_together(name, new, at_once) if new else ""
+
+    def withdraw(self, now: bool) -> None:
+        for directory in reversed(list(_waiting)):  # else what waits for the end of others, however they end, begins
+            with suppress(SlurmError):
+                if not (job := jobs.live_job(directory)):
+                    continue
+                (directory / LOGS / CANCELLED).touch()
+                if now or job.state == "PENDING":
+                    cluster.ask("scancel", job.number)
+                else:
+                    jobs.ask_to_stop(job.number)
+
+    def _put_behind(self, again: Path) -> None:
+        """Submit what waited for a stage anew, behind that one's new job: Slurm has let it go, or does so now."""
+        behind = {again}
+        for directory, stage in list(_waiting.items()):
+            needs = [directory.parent / other for other in stage.after]
+            if not behind.intersection(needs):
+                continue
+            behind.add(directory)
+            with jobs.claimed([directory]):
+                if job := jobs.live_job(directory):
+                    cluster.ask("scancel", job.number)
+                live = {need: job.number for need in needs if (job := jobs.live_job(need))}
+                _ahead.pop(directory, None)
+                if stage.always or all(need in live or (need / MANIFEST).exists() for need in needs):
+                    _ahead[directory] = self._submit(stage, _after(stage, list(live.values())))
+
+    def _submit_together(self, name: str, new: Sequence[Ahead], at_once: int) -> str:
         nodes, resources = self._size(new[0].processes)
         runs = [Run(stage.directory, list(stage.command)) for stage in new]
         before = [_sizes(run) for run in runs]
@@ -137,12 +175,13 @@ class SlurmJob:
     poll_s: float = field(init=False)
     asked_s: float = 0.0
     stopping: bool = False
+    killing: bool = False
 
     def poll(self) -> Ended | None:
         if time.monotonic() - self.asked_s < self.poll_s:
             return None
         self.asked_s = time.monotonic()
-        job = cluster.job(self.number)
+        job = cluster.news(self.number)
         self._pass_on()
         if job is None:  # forgotten: its manifest says what became of it
             return Ended(DONE)
@@ -154,8 +193,15 @@ class SlurmJob:
             return Ended(DONE)
         if self.stopping:
             return Ended(STOPPED_EARLY)
-        code = LOST if job.code in KILLED or job.state == "NODE_FAIL" else job.code or 1
-        return Ended(code, f"job {self.number} ended as {job.state} with exit code {job.code}")
+        how = f"job {self.number} ended as {job.state} with exit code {job.code}"
+        if (self.run.logs / GIVEN_UP).exists():  # it was started again often enough
+            return Ended(1, f"{how}, after as many starts in vain as requeues allows")
+        return Ended(LOST if job.code in KILLED or job.state in cluster.LOST else job.code or 1, how)
+
+    def was_let_go(self) -> bool:
+        """Whether Slurm cancelled it, as it does where a job that it waits for did not end well; not a person."""
+        job = cluster.news(self.number)
+        return job is not None and job.state == "CANCELLED" and not (self.run.logs / CANCELLED).exists()
 
     def stop(self) -> None:
         self.stopping = True
@@ -163,13 +209,14 @@ class SlurmJob:
         self._ask()
 
     def kill(self) -> None:
-        self.stopping = True
-        cluster.ask("scancel", self.number)
+        self.stopping = self.killing = True
+        self._ask()
 
     def _ask(self) -> None:
-        job = cluster.job(self.number)
-        if job and job.state == "PENDING":
-            cluster.ask("scancel", self.number)
+        job = cluster.news(self.number)
+        if job and (self.killing or job.state == "PENDING"):
+            with suppress(SlurmError):  # it has just ended, or is asked again at the next look
+                cluster.ask("scancel", self.number)
         elif job and job.state == "RUNNING":
             jobs.ask_to_stop(self.number)
 
@@ -183,6 +230,11 @@ class SlurmJob:
             rank = int(file.stem.removeprefix("rank-"))
             for line in whole.decode(errors="replace").splitlines():
                 self.output(rank, line)
+
+
+def _after(stage: Ahead, numbers: Sequence[str]) -> str:
+    """Slurm's dependency on these jobs."""
+    return f"{'afterany' if stage.always else 'afterok'}:{':'.join(numbers)}" if numbers else ""
 
 
 def _sizes(run: Run) -> dict[Path, int]:

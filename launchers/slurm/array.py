@@ -81,13 +81,14 @@ class SlurmArray(Launcher):
             given = [word for word in overrides if not word.startswith("run_dir=")]
             runs.append(Run(directory, [module, *given, f"run_dir={directory}"]))
         self._check(runs)
-        for run in runs:
-            jobs.refuse_second(run.directory)
         asked = self.asked
-        job = Batch(asked, asked.nodes, runs, base.name, base / LOGS, at_once=asked.at_once).submit()
-        numbers = [f"{job}_{element}" for element in range(len(runs))] if len(runs) > 1 else [job]
-        for run, element in zip(runs, numbers, strict=True):
-            jobs.Record.add(run, jobs.settings_of(asked), element)
+        with jobs.claimed([run.directory for run in runs]):
+            for run in runs:
+                jobs.refuse_second(run.directory)
+            job = Batch(asked, asked.nodes, runs, base.name, base / LOGS, at_once=asked.at_once).submit()
+            numbers = [f"{job}_{element}" for element in range(len(runs))] if len(runs) > 1 else [job]
+            for run, element in zip(runs, numbers, strict=True):
+                jobs.Record.add(run, jobs.settings_of(asked), element)
         print(f"job {job}: {len(runs)} runs in {base}", flush=True)
         return self._wait(dict(zip(numbers, runs, strict=True)))
 
@@ -111,7 +112,7 @@ class SlurmArray(Launcher):
         waiting, failed = dict(runs), 0
         while waiting:
             for number, run in list(waiting.items()):
-                job = cluster.job(number)
+                job = cluster.news(number)
                 if job and not job.ended:
                     continue
                 del waiting[number]

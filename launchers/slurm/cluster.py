@@ -4,15 +4,24 @@ import difflib
 import getpass
 import re
 import subprocess
+import sys
+import time
 from dataclasses import dataclass
 
 from conf.errors import LongrunError, Problem
 from launchers.slurm.resources import Resources, seconds
 
 ENDED = {
-    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT",
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
 }  # fmt: skip
 """States that a job does not leave by itself. Slurm calls a job that it starts again PENDING."""
+LOST = {"BOOT_FAIL", "NODE_FAIL", "PREEMPTED"}
+"""Those of them that are no fault of the job's."""
+ANSWER_S = 120.0
+"""What one of Slurm's programs is given; they wait for the controller themselves, for less (MessageTimeout)."""
+PATIENCE_S = 600.0
+"""How long who looks on bears that Slurm does not answer."""
+_silent_since: list[float] = []
 
 REASONS = {
     "Resources": "waits for nodes to be free",
@@ -106,12 +115,14 @@ def ask(*command: str, text: str | None = None) -> str:
         SlurmError: there is no such program, no controller, or it refused.
     """
     try:
-        answer = subprocess.run(command, input=text, capture_output=True, text=True)
+        answer = subprocess.run(command, input=text, capture_output=True, text=True, timeout=ANSWER_S)
     except FileNotFoundError as error:
         raise SlurmError(
             f"there is no {command[0]} on this machine: submit where Slurm is (a login node), or run here with "
             "`python -m ...` or torchrun."
         ) from error
+    except subprocess.TimeoutExpired as error:
+        raise SlurmError(f"{command[0]} gave no answer within {ANSWER_S:g} s: is the controller up?") from error
     if answer.returncode:
         raise SlurmError(f"{command[0]}: {_said(answer.stderr) or f'exit code {answer.returncode}'}")
     return answer.stdout
@@ -137,9 +148,11 @@ def partitions() -> list[Partition]:
     for line in ask("scontrol", "--oneliner", "--all", "show", "partition").splitlines():
         fields = _fields(line)
         name, most = fields["PartitionName"], fields.get("MaxNodes", "")
-        time = seconds(fields.get("MaxTime", ""))
+        limit_s = seconds(fields.get("MaxTime", ""))
         state, default = fields.get("State", "UP"), fields.get("Default") == "YES"
-        found.append(Partition(name, default, state, time, int(most) if most.isdigit() else None, nodes.get(name, [])))
+        found.append(
+            Partition(name, default, state, limit_s, int(most) if most.isdigit() else None, nodes.get(name, []))
+        )
     return found
 
 
@@ -171,6 +184,25 @@ def job(number: str) -> Job | None:
         fields.get("NodeList", "").replace("(null)", ""),
         int(fields.get("ExitCode", "0:0").split(":")[0]),
     )
+
+
+def news(number: str) -> Job | None:
+    """`job`, for one who looks on: a job is UNKNOWN while Slurm does not answer, which is said once.
+
+    Raises:
+        SlurmError: it has not answered for `PATIENCE_S`.
+    """
+    try:
+        found = job(number)
+    except SlurmError as error:
+        if not _silent_since:
+            _silent_since.append(time.monotonic())
+            print(f"Slurm does not answer ({error}); it is asked again for {PATIENCE_S:g} s.", file=sys.stderr)
+        if time.monotonic() - _silent_since[0] > PATIENCE_S:
+            raise
+        return Job(number, "UNKNOWN")
+    _silent_since.clear()
+    return found
 
 
 def live() -> list[Job]:

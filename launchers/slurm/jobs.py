@@ -4,7 +4,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def submit(config: SlurmConfig, resolved: dict[str, Any], command: Sequence[str]
         raise ConfigError([problem])
     if config.dry_run:
         return f"{text}\nThe job can start; nothing was submitted."
-    with locked(run.logs):
+    with claimed([run.directory]):
         refuse_second(run.directory)
         number = batch.submit()
         Record.add(run, {key: value for key, value in resolved.items() if key in asdict(config)}, number)
@@ -130,6 +130,19 @@ def never_starts(script: str) -> Problem | None:
     return None
 
 
+@contextmanager
+def claimed(directories: Sequence[Path]) -> Iterator[None]:
+    """Between the look for live jobs of these runs and the submission of others, no other process submits one.
+
+    Raises:
+        LiveRunError: another process is doing so.
+    """
+    with ExitStack() as held:
+        for directory in directories:
+            held.enter_context(locked(directory / LOGS))
+        yield
+
+
 def refuse_second(directory: Path) -> None:
     """
     Raises:
@@ -167,13 +180,30 @@ def run_of(given: str) -> Path:
         job = cluster.job(given)
         if job is None or not job.comment:
             raise SlurmError(f"Slurm knows no job {given} of ours: give the run directory.")
-        return Path(job.comment)
+        there = elements(Path(job.comment))
+        if "_" not in given and any(number.startswith(f"{given}_") for number in there):
+            raise SlurmError(f"job {given} is an array: give one of its elements, as in {given}_0, or a run directory.")
+        return there.get(given, Path(job.comment))
     directory = Path(given).resolve()
     if Record.read(directory) is None and live_job(directory) is None:
         raise SlurmError(
             f"no job was submitted for {directory}: `python -m launchers.slurm status` shows those there are."
         )
     return directory
+
+
+def elements(folder: Path) -> dict[str, Path]:
+    """The jobs of runs that an array was submitted for, and their directories, by the runs' own records.
+
+    Args:
+        folder: of the array's scripts, beside the runs'.
+    """
+    found = {}
+    for file in folder.parent.glob(f"*/{LOGS}/{RECORD}"):
+        directory = file.parent.parent
+        if record := Record.read(directory):
+            found.update(dict.fromkeys(record.jobs, directory))
+    return found
 
 
 def cancel(directory: Path, wait_s: float, now: bool = False) -> Iterator[str]:

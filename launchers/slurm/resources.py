@@ -50,7 +50,7 @@ class Resources:
             the working directory and the run directory are mounted at their own paths.
         runtime: what runs the container: pyxis (srun's plugin for enroot) or apptainer.
         mounts: further directories that the container sees, as source or source:target.
-        python: the interpreter of the ranks; empty for the one that submits.
+        python: the interpreter of the ranks; empty for the one that submits, or the container's python3.
         environment: further variables. Secrets do not belong here: what is exported in the shell that submits is
             handed on by Slurm itself, and stands in no file.
         setup: lines of shell run before the ranks start, for instance "module load cuda".

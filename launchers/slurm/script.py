@@ -30,7 +30,10 @@ LOGS = "logs"
 CANCELLED = "cancelled"
 """A mark among the logs: the job shall not be requeued."""
 IN_VAIN = "in-vain"
-"""Among the logs: requeues since the newest checkpoint, and that one's name."""
+"""Among the logs: requeues in a row without a newer checkpoint than the last of them found, and that one's step. One
+that is older, as after the newest was set aside as damaged, is no step forward; those that come after it are."""
+GIVEN_UP = "given-up"
+"""A mark among the logs: the job was started in vain as often as it may be."""
 KILLED = range(129, 160)
 """128 + the signal that killed a rank: SIGKILL where the memory was short or its machine went, SIGABRT by NCCL's
 watchdog, SIGUSR2 or SIGTERM where it was asked to stop before it could hear."""
@@ -59,15 +62,17 @@ case $code in
     if [ -e "$logs/{cancelled}" ]; then
         scancel "$job"
     else
-        newest=$(ls "$1/{checkpoints}" 2>/dev/null | grep -E '^step-[0-9]+$' | sort | tail -n 1)
+        newest=$(ls "$1/{checkpoints}" 2>/dev/null | sed -nE 's/^step-0*([0-9]+)$/\\1/p' | sort -n | tail -n 1)
+        newest=${{newest:--1}}
         read -r count before 2>/dev/null <"$logs/{in_vain}"
-        [ "$newest" = "$before" ] || count=0
+        [ "$newest" -le "${{before:-$newest}}" ] || count=0
         if [ "${{count:-0}}" -lt {requeues} ]; then
             echo "$((${{count:-0}} + 1)) $newest" >"$logs/{in_vain}"
             echo "the ranks ended with $code: start $((${{SLURM_RESTART_COUNT:-0}} + 2)) follows"
             scontrol requeue "$job"
         else
             echo "error: the ranks ended with $code, {requeues} requeues (requeues) brought no new checkpoint"
+            touch "$logs/{given_up}"
         fi
     fi ;;
 *)
@@ -134,7 +139,7 @@ class Batch:
         self.folder.mkdir(parents=True, exist_ok=True)
         for run in self.runs:
             run.logs.mkdir(parents=True, exist_ok=True)
-            for mark in (CANCELLED, IN_VAIN):
+            for mark in (CANCELLED, GIVEN_UP, IN_VAIN):
                 (run.logs / mark).unlink(missing_ok=True)
         try:
             return self._executor()._submit_command(self._srun()).job_id
@@ -187,6 +192,8 @@ class Batch:
 
     def _before(self) -> list[str]:
         variables = {"PYTHONUNBUFFERED": "1", **self.resources.environment}
+        if self.min_nodes:  # else the ranks go on using the store of the first machine when that one is lost
+            variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} | variables
         lines = [f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"']
         lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
         lines += self.resources.setup
@@ -199,8 +206,9 @@ class Batch:
         return [*lines, *BEFORE.format(logs=LOGS).splitlines()]
 
     def _after(self) -> list[str]:
-        names = {"manifest": MANIFEST, "cancelled": CANCELLED, "in_vain": IN_VAIN, "checkpoints": CHECKPOINTS}
-        return AFTER.format(again=AGAIN, requeues=self.resources.requeues, **names).splitlines()
+        names = {"manifest": MANIFEST, "checkpoints": CHECKPOINTS}
+        marks = {"cancelled": CANCELLED, "in_vain": IN_VAIN, "given_up": GIVEN_UP}
+        return AFTER.format(again=AGAIN, requeues=self.resources.requeues, **names, **marks).splitlines()
 
     def _srun(self) -> str:
         """The ranks."""
@@ -222,7 +230,7 @@ class Batch:
             else:
                 inside = ["apptainer", "exec", *(["--nv"] if asked.gpus_per_node else [])]
                 inside += [f"--pwd={Path.cwd()}", f"--bind={mounts}", asked.container]
-        python = asked.python or sys.executable
+        python = asked.python or ("python3" if asked.container else sys.executable)
         words = [
             "srun",
             "--output=$logs/rank-%t.log",

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,12 @@ def rows(directories: Sequence[Path]) -> list[Row]:
     if directories:
         return [_row(directory, jobs.last_job(directory)) for directory in directories]
     ours = [job for job in cluster.live() if job.comment.startswith("/")]
-    return [_row(Path(job.comment), cluster.job(job.number)) for job in ours]
+    arrays = {job.comment: jobs.elements(Path(job.comment)) for job in ours if "_" in job.number}
+    found = []
+    for job in ours:
+        directory = arrays.get(job.comment, {}).get(job.number, Path(job.comment))
+        found.append(_row(directory, cluster.job(job.number)))
+    return found
 
 
 def table(directories: Sequence[Path]) -> None:
@@ -116,4 +122,5 @@ def lines(directory: Path, rank: str, follow: bool) -> Iterator[str]:
         time.sleep(FOLLOW_S)
         if time.monotonic() - looked > STATE_S:
             looked = time.monotonic()
-            live = jobs.live_job(directory) is not None
+            with suppress(SlurmError):  # no news
+                live = jobs.live_job(directory) is not None

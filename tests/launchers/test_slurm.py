@@ -132,6 +132,8 @@ def test_a_run_has_one_job_which_status_shows_and_cancel_lets_stop(ends, slurm):
         dummy(directory)
     assert (job, "RUNNING", str(directory)) in [(row.job, row.state, row.run) for row in show.rows([])]
     assert jobs.run_of(job) == directory
+    jobs.Record.add(Run(directory, []), {}, "900_3")
+    assert jobs.elements(directory.parent / "logs")["900_3"] == directory
     said = list(jobs.cancel(directory, wait_s=30))
     assert said[0] == f"job {job} is asked to write a checkpoint and end" and "resume" in said[-1]
     slurm.wait(job, "CANCELLED")
@@ -214,6 +216,19 @@ def test_a_chain_goes_on_without_the_lifecycle_which_joins_it_later(life, slurm)
     code, states, _ = life(stages())
     assert code == 0 and set(states.values()) == {"done"}
     assert before == {name: jobs.Record.read(life.root / name).jobs for name in ("b", "c")}, "no second job"
+
+
+@pytest.mark.slow
+def test_what_waits_for_a_stage_that_is_made_anew_waits_for_its_new_job(life, slurm):
+    assert life(stages())[0] == 0
+    changed = stages()
+    changed["b"].set["value"] = 7
+    code, states, shown = life(changed)
+    assert (code, states) == (0, {"a": "skipped", "b": "done", "c": "done", "page": "skipped"}), shown
+    assert "made by another configuration" in shown and Artifact.read(life.root / "c").inputs["b"]["id"] in (
+        Artifact.read(life.root / "b").id
+    )
+    assert not slurm.jobs()
 
 
 # A sweep.

@@ -170,11 +170,14 @@ def _too_small(there: Sequence[Record], needed: float, free: float, limits: "Pre
 
 
 def free_of_host() -> float:
-    """Bytes that this machine, or the control group this process is in, has left."""
+    """Bytes that this machine, or the control group this process is in, has left. Pages of files, which the kernel
+    gives up for what asks, count as used there, and are left here."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     try:
         limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return min(free, int(limit) - int(used)) if limit != "max" else free
-    except (OSError, ValueError):
+        pages = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        cached = int(pages["inactive_file"]) + int(pages["active_file"])
+        return min(free, int(limit) - int(used) + cached) if limit != "max" else free
+    except (OSError, ValueError, KeyError):
         return free

@@ -155,9 +155,10 @@ def test_the_memory_that_is_free_is_below_what_the_machine_has():
     assert 0 < free_of_host() < total
 
 
-def test_a_control_group_that_is_nearly_full_counts(tmp_path, monkeypatch):
+def test_a_control_group_that_is_nearly_full_counts_and_its_cache_of_files_does_not(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("3000\n")
-    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("2900\n")
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 1500\nactive_file 400\n")
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
     assert free_of_host() == 2000
 

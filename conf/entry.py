@@ -78,7 +78,8 @@ def tell(error: LongrunError) -> int:
     rank = os.environ.get("RANK") or (os.environ.get("SLURM_PROCID") if "SLURM_STEP_NUM_TASKS" in os.environ else None)
     if not isinstance(error, ConfigError):
         print(f"[rank {rank}] error: {error}" if rank else f"error: {error}", file=sys.stderr)
-    elif rank in (None, "0"):  # every rank found the same
+    elif rank is None or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank)) == "0":
+        # A machine's ranks all found the same; another machine may not have.
         print(f"error: {error}", file=sys.stderr)
     return error.exit_code
 

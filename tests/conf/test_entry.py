@@ -123,9 +123,24 @@ def test_the_composed_configuration_can_be_shown_for_every_stage(run, stage):
     assert "run_dir:" in result.stdout
 
 
-@pytest.mark.parametrize(("variables", "told"), [({}, 1), ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, 0)])
-def test_what_every_rank_finds_in_the_configuration_is_told_by_the_first(monkeypatch, capsys, variables, told):
-    for name in ("RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({}, 1),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, 1),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, 0),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, 1),
+        (SLURM | {"SLURM_LOCALID": "1"}, 0),
+        (SLURM | {"SLURM_LOCALID": "0"}, 1),
+    ],
+)
+def test_what_every_rank_finds_in_the_configuration_is_told_by_the_first_of_each_machine(
+    monkeypatch, capsys, variables, told
+):
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

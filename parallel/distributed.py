@@ -20,7 +20,7 @@ import torch.distributed as dist
 from parallel import launch, rendezvous
 from parallel.launch import DistributedError, Place, RendezvousError, place
 from parallel.standing import RECORDED
-from parallel.watch import PATIENCE_S, Watch
+from parallel.watch import GRACE_S, PATIENCE_S, Watch
 
 __all__ = [
     "DistributedError",
@@ -174,7 +174,7 @@ def joined(patience_s: float = PATIENCE_S, **limits: float) -> Iterator[World]:
     global _watch
     world = start(**limits)
     if world.size > 1:
-        _watch = _watcher(place(), patience_s, limits.get("collective_s", COLLECTIVE_S))
+        _watch = _watcher(world.device, patience_s, limits.get("collective_s", COLLECTIVE_S))
     try:
         yield world
     except BaseException as error:
@@ -214,7 +214,8 @@ def keep_stacks(directory: Path | None) -> None:
     told = [directory]
     if _watch is not None:
         dist.broadcast_object_list(told)
-        _watch.stacks = told[0]
+        if told[0] is not None:
+            _watch.keep_stacks(told[0])
 
 
 def reached(step: int) -> None:
@@ -251,8 +252,9 @@ def _everyones(mine: T) -> list[T]:
     return gathered
 
 
-def _watcher(here: Place, patience_s: float, collective_s: float) -> Watch:
+def _watcher(device: torch.device, patience_s: float, collective_s: float) -> Watch:
     assert _meeting is not None
+    here = place()
     server = "torchrun's agent" if here.agent else f"rank 0 of {here.size}"
     return Watch(
         dist.PrefixStore(f"{_meeting.space}/watch", rendezvous.connection(here, patience_s)),
@@ -262,4 +264,5 @@ def _watcher(here: Place, patience_s: float, collective_s: float) -> Watch:
         serves=here.rank == 0 and not here.agent,
         patience_s=patience_s,
         collective_s=collective_s,
+        leaving_s=collective_s if device.type == "cpu" else GRACE_S,  # a kernel that waits would never leave
     )

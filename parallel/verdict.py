@@ -130,8 +130,10 @@ def _verdict(fault: dict[int, Sign], what: str, size: int, stacks: Path | None, 
 
 
 def has_written(stacks: Path | None, rank: int) -> bool:
-    file = file_of(stacks, rank) if stacks else None
-    return file is not None and file.exists() and file.stat().st_size > 0
+    try:
+        return stacks is not None and file_of(stacks, rank).stat().st_size > 0
+    except OSError:  # it is not there, or the disk is not
+        return False
 
 
 def file_of(stacks: Path, rank: int) -> Path:

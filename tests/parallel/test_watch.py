@@ -1,6 +1,7 @@
 """A rank that dies, hangs or fails is named by the others; one that is slow, or leaves as it should, is not."""
 
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from conf.errors import LongrunError, LostError
 from parallel import distributed, watch
 from parallel.verdict import HERE, HURT, LEFT, BrokenError, PeerError, Sign, judge
 from parallel.watch import Watch
@@ -166,6 +168,59 @@ def test_a_broken_connection_that_is_nobodys_fault_is_told_as_such(ranks):
     answers.append(two.watches[0].blame(RuntimeError(CLOSED)))
     others.join()
     assert [type(answer) for answer in answers] == [BrokenError, BrokenError]
+
+
+def test_ranks_that_leave_to_meet_again_may_take_their_time(ranks):
+    """What they have open must be closed before."""
+    two = ranks(2)
+    for one in two.watches:
+        one.leaving_s = 60
+        one.note(RuntimeError(CLOSED))
+    time.sleep(1.5)
+    assert two.ended == {}
+    assert [type(one.blame(RuntimeError(CLOSED))) for one in two.watches] == [BrokenError, BrokenError]
+
+
+def test_one_of_many_that_were_thrown_out_looks_for_all(ranks, monkeypatch):
+    many, judged = ranks(24), []
+    monkeypatch.setattr(watch, "judge", lambda *others: judged.append(others[2][0]) or judge(*others))
+    many.silence(20)
+    for rank in set(range(24)) - {20}:
+        many.watches[rank].note(RuntimeError(CLOSED))
+    many.until_ended(*(set(range(24)) - {20}))
+    assert len(judged) == 1 and all("rank 20 of 24" in text for text in many.ended.values())
+
+
+def test_another_rank_takes_the_place_of_one_that_looked_for_all_and_died(ranks):
+    four = ranks(4)
+    four.store.compare_set(watch.SURVEYOR, "", "1")
+    four.silence(1)
+    for rank in (0, 2, 3):
+        four.watches[rank].note(RuntimeError(CLOSED))
+    four.until_ended(0, 2, 3)
+    assert all("rank 1 of 4" in text for text in four.ended.values())
+
+
+def test_a_disk_that_takes_no_stacks_costs_the_stacks_only(ranks, tmp_path):
+    two = ranks(2)
+    (tmp_path / "file").touch()
+    two.watches[0].keep_stacks(tmp_path / "file" / "stacks")
+    two.watches[1].keep_stacks(tmp_path / "stacks")
+    shutil.rmtree(tmp_path / "stacks")
+    time.sleep(1.5 * watch.PATIENCE_S)
+    assert two.ended == {}
+    two.close()
+
+
+class AgainError(LongrunError):
+    exit_code = LostError.exit_code
+
+
+def test_an_error_that_starts_the_run_again_does_so_for_the_others(ranks):
+    two = ranks(2)
+    assert two.watches[0].blame(AgainError("from the start")) is None
+    two.until_ended(0, 1)
+    assert isinstance(two.watches[1].blame(RuntimeError(CLOSED)), PeerError)
 
 
 def test_a_mistake_in_a_collective_is_this_ranks_own_error(ranks):

@@ -92,6 +92,10 @@ class Queue(Launcher, Protocol):
         calls each."""
         ...
 
+    def withdraw(self, directory: Path) -> None:
+        """Have what waits or runs for a run directory end, with a checkpoint where it runs. Does not wait for it."""
+        ...
+
     def together(self, name: str, stages: Sequence[Ahead], at_once: int) -> str:
         """Put stages into the queue that wait for no other, as one job with an element for each; none that is there
         already. Returns what the queue calls it; an empty text where all were there.

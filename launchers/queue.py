@@ -83,6 +83,14 @@ class Slurm(Resources):
                 numbers[stage.name] = _ahead[stage.directory].number
         return {name: f"job {number}" for name, number in numbers.items()}
 
+    def withdraw(self, directory: Path) -> None:
+        if job := jobs.live_job(directory):
+            (directory / LOGS / CANCELLED).touch()
+            if job.state == "PENDING":
+                cluster.ask("scancel", job.number)
+            else:
+                jobs.ask_to_stop(job.number)
+
     def together(self, name: str, stages: Sequence[Ahead], at_once: int) -> str:
         if found := self._cluster_problems(stages):
             raise ConfigError(found)

@@ -182,9 +182,12 @@ class Sweep:
         return (self.directory(trial.number) / MANIFEST).exists()
 
     def _on_its_way_out(self, trial: "Trial") -> bool:
-        """Whether it was to be ended when the sweep was killed; it is now."""
-        ending = bool(self.book.outcome(trial).curve) and self.book.falls_behind(trial)
+        """Whether it was to be ended when the sweep was killed; it is now, with what runs of it in a queue."""
+        curve = self.book.outcome(trial).curve
+        ending = bool(curve) and not self._is_done(trial) and self.book.falls_behind(trial)
         if ending:
+            if isinstance(self.config.launcher, Queue):
+                self.config.launcher.withdraw(self.directory(trial.number).resolve())
             self.book.prune(trial)
         return ending
 
@@ -236,17 +239,18 @@ class Sweep:
         ended = attempt.running.poll()  # first: what an ended trial wrote is all there
         for step, value in attempt.figures.new():
             if not attempt.ending and step not in attempt.reported:
-                self._report(attempt, step, value)
+                self._report(attempt, step, value, done=ended is not None and ended.code == DONE)
         if ended:
             self._ended(attempt, ended)
         elif attempt.seconds - attempt.noted_s > NOTE_S:
             attempt.noted_s = attempt.seconds
             self.book.came_to(attempt.trial, attempt.figures.steps, attempt.seconds)
 
-    def _report(self, attempt: Attempt, step: int, value: float) -> None:
+    def _report(self, attempt: Attempt, step: int, value: float, done: bool) -> None:
+        """Note a value; end the trial if it falls behind, unless it is done: then it counts like any other."""
         attempt.reported.add(step)
         attempt.trial.report(value, step)
-        if self.book.falls_behind(attempt.trial):
+        if not done and self.book.falls_behind(attempt.trial):
             attempt.ending = True
             attempt.running.stop()
             self._say(attempt.trial, f"falls behind at step {step} with {self._shown(value)}: it ends here", "yellow")
@@ -262,10 +266,10 @@ class Sweep:
         if attempt.launcher is not self.config.launcher:
             self.free.append(attempt.launcher)
         self.book.came_to(attempt.trial, attempt.figures.steps, attempt.seconds)
-        if attempt.ending:
-            self.book.prune(attempt.trial)
-        elif ended.code == DONE:
+        if self._is_done(attempt.trial) or (ended.code == DONE and not attempt.ending):
             self._finished(attempt)
+        elif attempt.ending:
+            self.book.prune(attempt.trial)
         elif again:
             self._failed(attempt, f"{ended.reason or 'it stopped early'} ({attempt.restarts.starts}; see restarts)")
         elif ended.code not in (STOPPED_EARLY, LOST):

@@ -60,6 +60,15 @@ class Trial:
         return len(file.read_text().splitlines()) // 2 if file.exists() else 0
 
 
+class Fast(Trial):
+    """Is done before anybody looks."""
+
+    def poll(self) -> Ended | None:
+        while (ended := super().poll()) is None:
+            pass
+        return ended
+
+
 @dataclass
 class Scripted:
     """Notes the command of every start."""

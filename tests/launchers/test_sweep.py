@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from launchers.sweep.search.tpe import TPE
 from launchers.sweep.stopping.halving import Halving
 from launchers.sweep.stopping.median import Median
 from launchers.sweep.stopping.none import Never
+from tests.launchers import scripted
 from tests.launchers.scripted import STEPS, Scripted, Trial, loss
 
 BOWL = ("lr=log(1e-4,1)", "decay=0,0.1")
@@ -137,6 +139,44 @@ def test_a_trial_worse_than_the_median_is_ended_at_that_step_and_no_other_is(swe
         assert max(curve) == (behind or STEPS)
         finished += [trial] if behind is None else []
     assert {"done", "pruned"} == set(states(found).values())
+
+
+def test_a_trial_that_is_done_before_it_is_looked_at_counts_however_it_began(sweep, monkeypatch):
+    monkeypatch.setattr(scripted, "Trial", scripted.Fast)
+    found = sweep(stopping=Median(startup=2, first=2), trials=12)[1]
+    assert set(states(found).values()) == {"done"}
+
+
+@dataclass
+class Waiting(Scripted):
+    """Has a queue, in which nothing was put ahead."""
+
+    detach: bool = False
+    withdrawn: list[str] = field(default_factory=list)
+
+    def ahead(self, stages):
+        return {}
+
+    def together(self, name, stages, at_once):
+        return ""
+
+    def withdraw(self, directory):
+        self.withdrawn.append(directory.name)
+
+
+def test_a_trial_that_was_to_be_ended_when_the_sweep_was_killed_is_taken_out_of_the_queue(sweep, monkeypatch):
+    def killed(trial):
+        raise Killed
+
+    options = {"launcher": Waiting(), "search": TPE(startup=8), "stopping": Median(startup=2, first=2), "trials": 12}
+    stop = Trial.stop
+    monkeypatch.setattr(Trial, "stop", killed)
+    with pytest.raises(Killed):
+        sweep(**options)
+    monkeypatch.setattr(Trial, "stop", stop)
+    found = sweep(**options)[1]
+    [number] = options["launcher"].withdrawn
+    assert states(found)[int(number)] == "pruned" and set(states(found).values()) == {"done", "pruned"}
 
 
 def test_halving_lets_one_in_so_many_of_those_that_came_to_a_step_go_on(sweep):

@@ -34,11 +34,13 @@ class Problem:
         key: the configuration key, as typed on the command line (`parallel.dp_shard`).
         found: its value.
         fix: what was expected and values that would work.
+        here: this machine is the reason; another may be able to.
     """
 
     key: str
     found: object
     fix: str
+    here: bool = False
 
     def __str__(self) -> str:
         return f"{self.key}={self.found}: {self.fix}"

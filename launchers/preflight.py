@@ -1,6 +1,7 @@
 """Compose and check every stage's configuration before the first one starts.
 
-A misspelt key of the last stage must not wait for the days that the first ones take. `python -m launchers.preflight`
+A misspelt key of the last stage must not wait for the days that the first ones take. What this machine cannot do is no
+problem: the one that a stage is started on may be another. `python -m launchers.preflight`
 reads a JSON list of `Check` from standard input and writes the answers to standard output. It is a process of its own
 because the stages' schemas bring torch with them, which the lifecycle does without.
 """
@@ -86,7 +87,7 @@ def _answer(call: Check) -> Answer:
                 del node["hydra"]
             found["run_dir"] = getattr(entry.typed(node, schema), "run_dir", "")
         except ConfigError as error:
-            told = [str(p) for p in error.problems if not any(path in str(p) for path in call.missing)]
+            told = [str(p) for p in error.problems if not p.here and not any(path in str(p) for path in call.missing)]
             messages.extend(told)
         except (LongrunError, OSError) as error:
             if not call.missing:  # else it may be about an input that is yet to come

@@ -124,7 +124,8 @@ def test_every_shipped_lifecycle_would_start_and_a_wrong_number_of_processes_wou
             )
     assert {"demo.pretrain", "smoke.verify"} <= {check.stage for check in checks}
     pretrain = next(check for check in checks if check.stage == "demo.pretrain")
-    wrong = preflight.check([*checks, replace(pretrain, stage="three", processes=3)])
+    eight_bits = replace(pretrain, stage="fp8", call=[*pretrain.call, "stage.precision=fp8"])  # no machine for it here
+    wrong = preflight.check([*checks, eight_bits, replace(pretrain, stage="three", processes=3)])
     assert set(wrong) == {"three"} and "parallel" in wrong["three"], wrong
 
 

@@ -123,7 +123,7 @@ class Training(Stage):
         found = []
         # A dry run judges the configuration: the machine that it is meant for is elsewhere.
         if not dry_run and not (torch.cuda.is_available() and has_fp8(torch.device("cuda"))):
-            found.append(Problem("stage.precision", "fp8", NO_FP8))
+            found.append(Problem("stage.precision", "fp8", NO_FP8, here=True))
         if layout.tp > 1:
             found.append(Problem("parallel.tp", layout.tp, "with stage.precision=fp8 use 1, and dp_shard instead"))
         if layout.pp > 1 and layout.schedule in DEFERRING_SCHEDULES:

@@ -47,9 +47,10 @@ def judge(records: Sequence[Record], limits: "Preflight") -> list[Finding]:
             problems.setdefault(problem, []).append(record)
     found = [Finding("inputs", [r.rank for r in there], f"{who(there)}: {text}") for text, there in problems.items()]
     for name in sorted({name for record in having for name in record.found["inputs"]["fingerprints"]}):
-        seen = {record.rank: record.found["inputs"]["fingerprints"].get(name, "none") for record in having}
+        read = [record for record in having if record.found["inputs"]["fingerprints"]]
+        seen = {record.rank: record.found["inputs"]["fingerprints"].get(name, "none") for record in read}
         usual = Counter(seen.values()).most_common(1)[0][0]
-        for there in by_host([record for record in having if seen[record.rank] != usual]).values():
+        for there in by_host([record for record in read if seen[record.rank] != usual]).values():
             text = (
                 f"{who(there)}: its {name} is {seen[there[0].rank]}, that of the others {usual} (fingerprints): copy "
                 "it there again, or give a path that all machines share."

@@ -106,7 +106,9 @@ class Preflight:
             if world.rank == 0:
                 self.insist(self.judge(records))
 
-    def measure(self, config: "RunConfig", start: "Start | None", directory: Path, world: World) -> list[Record]:
+    def measure(
+        self, config: "RunConfig", start: "Start | None", directory: Path, world: World, unread: str = ""
+    ) -> list[Record]:
         """What all ranks found, on rank 0; nothing on the others.
 
         Args:
@@ -114,10 +116,13 @@ class Preflight:
             start: what it starts from; None leaves inputs out.
             directory: the run directory, which exists.
             world: this process among the others.
+            unread: why this rank could not read what the run starts from, where it could not.
         """
         dtype = compute_dtype(config.stage.precision, world.device)
         site = Site(config, self, start, directory, world, need_of(config, start, dtype), dtype)
         found = {name: value for name, check in CHECKS.items() if (value := check.measure(site)) is not None}
+        if unread:
+            found["inputs"] = {"problems": [unread], "fingerprints": {}}
         mine = Record(world.rank, host(), found)
         records: list[Record] | None = [mine] * world.size if world.rank == 0 else None
         dist.gather_object(mine, records)

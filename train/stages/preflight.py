@@ -11,7 +11,7 @@ from conf.registry import register
 from data_pipeline.artifact import Draft, locked, withdraw, write_atomically
 from parallel import distributed
 from parallel.distributed import World
-from train.preflight.base import Finding, Record
+from train.preflight.base import Record
 from train.preflight.table import table
 from train.rundir import check_agreement, recipe, together, with_options
 from train.stages.base import DONE
@@ -56,10 +56,10 @@ class BurnIn(Training):
                     stack.enter_context(locked(directory, config.failures.lease_s))
                     withdraw(directory, self.kind)
             start, problem = self._start(config)
-            records = config.preflight.measure(config, start, directory, world)
+            records = config.preflight.measure(config, start, directory, world, problem)
             with together():
                 if world.rank == 0:
-                    self._tell(config, resolved, directory, world, records, problem)
+                    self._tell(config, resolved, directory, world, records)
         return DONE
 
     def _start(self, config: "RunConfig") -> tuple[Start | None, str]:
@@ -77,11 +77,8 @@ class BurnIn(Training):
         directory: Path,
         world: World,
         records: list[Record],
-        problem: str,
     ) -> None:
         findings = config.preflight.judge(records)
-        if problem:
-            findings.append(Finding("inputs", [0], problem))
         report = {
             "processes": world.size,
             "machines": len({record.host for record in records}),

@@ -147,6 +147,7 @@ def test_a_burn_in_that_finds_something_ends_with_an_error_and_a_report(tmp_path
     assert "asked for" in said and "nowhere is not a finished artifact" in said and "not fit" in said
     report = json.loads((tmp_path / "run" / "preflight.json").read_text())
     assert {finding["check"] for finding in report["findings"]} == {"disk", "inputs"}
+    assert [finding["ranks"] for finding in report["findings"] if finding["check"] == "inputs"] == [[0, 1]]
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conf.checkpoints import CHECKPOINTS
+from conf.checkpoints import CHECKPOINTS, steps
 from train.preflight.base import Finding, Record, Site, slow_ranks
 
 if TYPE_CHECKING:
@@ -61,9 +61,19 @@ def judge(records: Sequence[Record], limits: "Preflight") -> list[Finding]:
 
 def _needed(site: Site) -> int:
     """Bytes that will be written over what is there now."""
-    kept = getattr(site.config.stage, "keep", 1) + 1  # the oldest goes once the newest is whole
+    found = steps(site.directory / CHECKPOINTS)
+    at_most = len(found) + to_come(site.config.stage, found[-1] if found else 0)
+    kept = min(getattr(site.config.stage, "keep", 1) + 1, at_most)  # the oldest goes once the newest is whole
     there = sum(file.stat().st_size for file in (site.directory / CHECKPOINTS).rglob("*") if file.is_file())
     return max(0, kept * site.need.checkpoint - there) + site.need.model
+
+
+def to_come(stage: Any, step: int) -> int:
+    """Checkpoints that a training stage writes from a step on: every so many steps, and at the end."""
+    if step >= stage.steps:
+        return 0
+    every = stage.checkpoint_every
+    return ((stage.steps - 1) // every - step // every if every else 0) + 1
 
 
 def _speed(file: Path, size: float) -> float:

@@ -12,6 +12,7 @@ from train.preflight import clocks, compute, disk, inputs, links, memory, paths
 from train.preflight.base import Finding, Record
 from train.preflight.limits import Preflight, PreflightError
 from train.preflight.table import table
+from train.stages.training import Training
 
 LIMITS = Preflight()
 RANKS, PER_HOST = 4096, 8
@@ -148,6 +149,13 @@ def test_a_disk_without_room_for_what_will_be_kept_is_told_with_both_figures():
     assert "5,000 MB are free" in finding.text and "6,000 MB x 1 are needed" in finding.text and not finding.slow
 
 
+@pytest.mark.parametrize(
+    ("every", "step", "more"), [(0, 0, 1), (100, 0, 1), (30, 0, 4), (50, 0, 2), (30, 60, 2), (50, 100, 0), (3, 99, 1)]
+)
+def test_room_is_asked_for_no_more_checkpoints_than_are_to_come(every, step, more):
+    assert disk.to_come(Training(steps=100, checkpoint_every=every), step) == more
+
+
 def test_a_machine_that_writes_more_slowly_than_the_others_is_named():
     records = cluster("disk", lambda rank: {"mb_s": 10.0 if rank == 40 else 800.0} if rank % PER_HOST == 0 else None)
     [finding] = disk.judge(records, LIMITS)
@@ -184,6 +192,12 @@ def test_a_machine_that_sees_another_corpus_is_named():
 
     [finding] = inputs.judge(cluster("inputs", found, 64), LIMITS)
     assert finding.ranks == [16] and "n2 (rank 16): its data is old, that of the others new" in finding.text
+
+
+def test_a_machine_that_reads_no_inputs_is_named_once():
+    nothing, all_well = {"problems": ["no corpus"], "fingerprints": {}}, {"problems": [], "fingerprints": {"data": "a"}}
+    [finding] = inputs.judge(cluster("inputs", lambda rank: nothing if rank == 16 else all_well, 64), LIMITS)
+    assert finding.text == "n2 (rank 16): no corpus"
 
 
 def test_what_is_slow_is_borne_and_told_unless_all_was_measured_at_length(capsys):

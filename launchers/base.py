@@ -92,8 +92,9 @@ class Queue(Launcher, Protocol):
         calls each."""
         ...
 
-    def withdraw(self, directory: Path) -> None:
-        """Have what waits or runs for a run directory end, with a checkpoint where it runs. Does not wait for it."""
+    def end(self, directory: Path, now: bool = False) -> None:
+        """Have what waits or runs for a run directory end, with a checkpoint where it runs, or as it is. Does not wait
+        for it."""
         ...
 
     def together(self, name: str, stages: Sequence[Ahead], at_once: int) -> str:

@@ -83,10 +83,10 @@ class Slurm(Resources):
                 numbers[stage.name] = _ahead[stage.directory].number
         return {name: f"job {number}" for name, number in numbers.items()}
 
-    def withdraw(self, directory: Path) -> None:
+    def end(self, directory: Path, now: bool = False) -> None:
         if job := jobs.live_job(directory):
             (directory / LOGS / CANCELLED).touch()
-            if job.state == "PENDING":
+            if now or job.state == "PENDING":
                 cluster.ask("scancel", job.number)
             else:
                 jobs.ask_to_stop(job.number)
@@ -102,13 +102,7 @@ class Slurm(Resources):
     def withdraw(self, now: bool) -> None:
         for directory in reversed(list(_waiting)):  # else what waits for the end of others, however they end, begins
             with suppress(SlurmError):
-                if not (job := jobs.live_job(directory)):
-                    continue
-                (directory / LOGS / CANCELLED).touch()
-                if now or job.state == "PENDING":
-                    cluster.ask("scancel", job.number)
-                else:
-                    jobs.ask_to_stop(job.number)
+                self.end(directory, now)
 
     def _put_behind(self, again: Path) -> None:
         """Submit what waited for a stage anew, behind that one's new job: Slurm has let it go, or does so now."""

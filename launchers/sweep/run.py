@@ -187,7 +187,7 @@ class Sweep:
         ending = bool(curve) and not self._is_done(trial) and self.book.falls_behind(trial)
         if ending:
             if isinstance(self.config.launcher, Queue):
-                self.config.launcher.withdraw(self.directory(trial.number).resolve())
+                self.config.launcher.end(self.directory(trial.number).resolve())
             self.book.prune(trial)
         return ending
 

@@ -160,7 +160,7 @@ class Waiting(Scripted):
     def together(self, name, stages, at_once):
         return ""
 
-    def withdraw(self, directory):
+    def end(self, directory, now=False):
         self.withdrawn.append(directory.name)
 
 

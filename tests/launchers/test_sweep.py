@@ -160,6 +160,9 @@ class Waiting(Scripted):
     def together(self, name, stages, at_once):
         return ""
 
+    def withdraw(self, now):
+        pass
+
     def end(self, directory, now=False):
         self.withdrawn.append(directory.name)
 

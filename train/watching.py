@@ -97,7 +97,9 @@ class Watcher(AbstractContextManager["Watcher"]):
             return
         marks = list(spans[-1][-32:])
         spent = self.clock.spent()
-        now_s = spent["data"] + spent["compute"] + spent["communication"] + spent["checkpoint"]
+        now_s = sum(
+            spent.get(what, 0.0) for what in ("data", "compute", "communication", "checkpoint", "guard", "profile")
+        )
         if marks[-1][0] != self._done:
             self._done, self._since_s, self._told = marks[-1][0], now_s, False
         taken = [(late - early) / (after - before) for (before, early), (after, late) in pairwise(marks)]

@@ -18,7 +18,7 @@ from parallel.standing import Standing, missing
 from parallel.verdict import LongrunError
 from tests.ranks import RanksError, run_ranks
 
-COLLECTIVE_S = 2.0
+COLLECTIVE_S = 4.0
 KINDS = ("loops", "holds the interpreter", "skips a collective", "is suspended")
 
 

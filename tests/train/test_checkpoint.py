@@ -7,6 +7,8 @@ import pickle
 import shutil
 import signal
 import subprocess
+from concurrent.futures import Future, wait
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -356,6 +358,26 @@ def test_what_no_stage_of_a_pipeline_has_is_another_model_to_all_of_them(tmp_pat
     more, fewer = (run_ranks(2, _pipeline, tmp_path, layers, 1, False) for layers in (4, 2))
     assert all("parameters only here: 3\n" in said for said in more)
     assert all("parameters only there: 2\n" in said for said in fewer)
+
+
+def _half_committed(directory):
+    """The last exchange of a save breaks on rank 1 alone, after rank 0 has committed."""
+    world = distributed.start()
+    checkpoints = Checkpoints(directory, every=1, keep=9, max_failed=1)
+    checkpoints.save(1, state(1), {"step": 1})
+    if world.rank == 1:
+        pending = checkpoints._pending
+        wait([pending.future])
+        broken = Future()
+        broken.set_exception(RuntimeError("Connection closed by peer"))
+        checkpoints._pending = replace(pending, future=broken)
+    first = checkpoints.wait()
+    checkpoints.save(1, state(1), {"step": 1})
+    return first, checkpoints.wait(), steps(directory)
+
+
+def test_a_save_that_went_well_on_some_ranks_only_is_done_again_by_all(tmp_path):
+    assert run_ranks(2, _half_committed, tmp_path) == [(False, True, [1])] * 2
 
 
 def _retention(directory):

@@ -43,10 +43,12 @@ from train.checkpoint.committed import (
     path_of,
     steps,
 )
-from train.checkpoint.saves import Commit, Save, final, said
-from train.checkpoint.shelf import Shelf
+from train.checkpoint.saves import Commit, DiskFullError, Save, final, said
+from train.checkpoint.shelf import Shelf, VanishedError
 from train.checkpoint.storage import Reader
 
+KINDS = {kind.__name__: kind for kind in (CheckpointError, DiskFullError, FencedError, VanishedError)}
+"""Of errors that a rank tells the others."""
 SLOW_S = 1.0
 """A wait of the loop for the disk that is worth a word."""
 
@@ -167,12 +169,26 @@ class Checkpoints:
             return None
         save, self._pending = self._pending, None
         self._await(save)
-        error = save.failure()
+        error = self._agreed(save.failure())
         if error is None:
             self._good, self._failed = save.step, 0
             return None
         self._held, self._failed = None, self._failed + 1
+        if self._ranks > 1:  # a connection of it may be what broke, and gloo mends none
+            dist.destroy_process_group(self._group)
+            self._group = dist.new_group(backend="gloo")
         return error
+
+    def _agreed(self, mine: CheckpointError | None) -> CheckpointError | None:
+        """What all ranks go by: where the last exchange of a save breaks, to some it went well and to others not."""
+        failed = torch.tensor(mine is not None, dtype=torch.int32)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        if not failed:
+            return None
+        told: list[tuple[str, str] | None] = [None] * self._ranks
+        dist.all_gather_object(told, (type(mine).__name__, str(mine)) if mine else None)
+        errors = [KINDS[kind](text) for kind, text in filter(None, told)]
+        return next((error for error in errors if isinstance(error, FencedError)), errors[0])
 
     def _await(self, save: Save) -> None:
         """Wait for the end of a save. A disk that is too slow for `every` is told: again when it is twice as slow."""

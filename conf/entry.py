@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
@@ -21,6 +22,8 @@ from conf.registry import OPTIONS
 
 C = TypeVar("C")
 
+PLUGINS = str(Path(__file__).parents[1] / "launchers" / "plugins")
+"""Holds our part of the package in which Hydra looks for launchers of multiruns."""
 HELP = {"group": "hydra/help", "name": "longrun"}
 ConfigStore.instance().store(**HELP, node={})  # so that configurations compose without an entry point; `run` fills it
 
@@ -42,6 +45,7 @@ def run(config_name: str, schema: type[C], main: Callable[[C, dict[str, Any]], i
 
 
 def _run(config_name: str, schema: type[C], main: Callable[[C, dict[str, Any]], int]) -> None:
+    sys.path.append(PLUGINS)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # composition errors reach `explain` below
     ConfigStore.instance().store(**HELP, node={"app_name": config_name, "template": _help(schema)})
 

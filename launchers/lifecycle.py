@@ -26,7 +26,7 @@ from launchers import preflight
 from launchers.base import DONE, LOST, STOPPED_EARLY, Ahead, Ended, Queue, Running
 from launchers.display import Display, Row, duration, headline
 from launchers.graph import LifecycleConfig
-from launchers.interrupts import KILLED, heeded
+from launchers.interrupts import KILLED, heeded, pass_on
 from launchers.restarts import Restarts
 
 discover(launchers)
@@ -334,13 +334,8 @@ class Life:
     def _interrupted(self) -> None:
         """The stages are asked to write a checkpoint; the second time they are killed."""
         self.stop_requests += 1
-        if isinstance(self.config.launcher, Queue):
-            self.config.launcher.withdraw(now=self.stop_requests > 1)
-        for attempt in self.running.values():
-            if self.stop_requests == 1:
-                attempt.running.stop()
-            else:
-                attempt.running.kill()
+        running = [attempt.running for attempt in self.running.values()]
+        pass_on(self.config.launcher, running, now=self.stop_requests > 1)
 
 
 def listing(path: Path) -> str:

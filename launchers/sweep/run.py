@@ -21,7 +21,7 @@ from data_pipeline.artifact import MANIFEST, ArtifactError
 from launchers import preflight
 from launchers.base import DONE, LOST, STOPPED_EARLY, Ahead, Ended, Launcher, Queue, Running
 from launchers.display import Display
-from launchers.interrupts import KILLED, heeded
+from launchers.interrupts import KILLED, heeded, pass_on
 from launchers.local import Local
 from launchers.restarts import Restarts
 from launchers.sweep import best, record
@@ -340,10 +340,5 @@ class Sweep:
     def _interrupted(self) -> None:
         """The trials are asked to write a checkpoint; the second time they are killed."""
         self.stop_requests += 1
-        if isinstance(self.config.launcher, Queue):
-            self.config.launcher.withdraw(now=self.stop_requests > 1)
-        for attempt in self.running.values():
-            if self.stop_requests == 1:
-                attempt.running.stop()
-            else:
-                attempt.running.kill()
+        running = [attempt.running for attempt in self.running.values()]
+        pass_on(self.config.launcher, running, now=self.stop_requests > 1)

@@ -5,7 +5,6 @@ A stage reads artifacts and writes one. `manifest.json` is written last, so its 
 came out, so that everything downstream of a changed file is rebuilt and nothing else is.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import LongrunError, OccupiedError
-from data_pipeline.lease import STALE_S, Lease, LiveRunError
+from data_pipeline.lease import STALE_S, Lease, LiveRunError, flocked
 
 MANIFEST = "manifest.json"
 PACKAGES = ("torch", "numpy", "hydra-core", "datatrove", "datasets", "tokenizers", "transformers", "safetensors")
@@ -232,18 +231,22 @@ def locked(path: str | Path, stale_s: float = STALE_S) -> Iterator[Lease]:
         ) from error
     with opened as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            held = flocked(stream, path)
             stream.seek(0)
-            raise LiveRunError(
-                f"{path} is being written by {stream.read().strip() or 'another process'}. "
-                "Wait for it, stop it, or give another directory."
+            if not held:
+                raise LiveRunError(
+                    f"{path} is being written by {stream.read().strip() or 'another process'}. "
+                    "Wait for it, stop it, or give another directory."
+                )
+            stream.truncate()
+            stream.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+            stream.flush()
+            lease = Lease(path, stale_s)
+        except OSError as error:
+            raise ArtifactError(
+                f"{path} cannot be held ({error.strerror}, errno {error.errno}). Its file system must have room, and "
+                "locks of whole files (flock; on Lustre the mount option flock): mend that, or give another run_dir."
             ) from error
-        stream.seek(0)
-        stream.truncate()
-        stream.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        stream.flush()
-        lease = Lease(path, stale_s)
         try:
             yield lease
         finally:

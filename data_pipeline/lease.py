@@ -10,6 +10,7 @@ do distributed locking"). Stillness is measured by the clock of the one who look
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Self, TextIO
 
 from conf.errors import LongrunError
 
@@ -28,6 +29,10 @@ STALE_S = 30.0
 """A holder that gives no sign for so long has lost the directory."""
 BEATS = 6
 """Signs in that time."""
+SERVER_S = 120.0
+"""A file server may keep the kernel's lock of a machine that is gone for so long (NFS 4: 90 s, and what it takes)."""
+CLOSING_S = 10.0
+"""So long the end of a holder waits for a file system that takes no sign."""
 
 
 class LiveRunError(LongrunError):
@@ -62,6 +67,28 @@ class Holder:
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host}" + (f" (job {self.job})" if self.job else "")
+
+
+def flocked(stream: TextIO, directory: Path) -> bool:
+    """Take the kernel's lock of a directory; False where another process has it. That of another machine which gives no
+    sign is waited for: its file server has yet to notice.
+
+    Raises:
+        OSError: the file system knows no locks.
+    """
+    first, began, told = _newest(directory), time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            gone = first is not None and first.machine != _machine() and _newest(directory) == first
+            if first is None or not gone or time.monotonic() - began > SERVER_S:
+                return False
+        if not told:
+            print(f"{directory} is locked for {first}: waiting {SERVER_S:g} s for its signs or its end", flush=True)
+            told = True
+        time.sleep(first.stale_s / BEATS / 4)
 
 
 class Lease:
@@ -103,7 +130,7 @@ class Lease:
     def close(self) -> None:
         """Leave the directory to the next one."""
         self._closing.set()
-        self._thread.join()
+        self._thread.join(CLOSING_S)
         with contextlib.suppress(OSError):  # the directory may be gone
             self._write(replace(self._holder, released=True))
 
@@ -160,14 +187,10 @@ class Lease:
                 continue  # a mount that is away: `check` has the last word
 
     def _numbers(self) -> list[int]:
-        return [int(entry.name) for entry in self._folder.iterdir() if NUMBER.fullmatch(entry.name)]
+        return _numbers(self._folder)
 
     def _read(self, number: int) -> Holder | None:
-        """None where it cannot be read: torn, or gone."""
-        try:
-            return Holder(**json.loads(self._file(number).read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
+        return _read(self._file(number))
 
     def _write(self, holder: Holder) -> None:
         temporary = self._folder / f".{self.number:08d}"
@@ -176,6 +199,25 @@ class Lease:
 
     def _file(self, number: int) -> Path:
         return self._folder / f"{number:08d}"
+
+
+def _numbers(folder: Path) -> list[int]:
+    return [int(entry.name) for entry in folder.iterdir() if NUMBER.fullmatch(entry.name)]
+
+
+def _read(file: Path) -> Holder | None:
+    """None where it cannot be read: torn, or gone."""
+    try:
+        return Holder(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _newest(directory: Path) -> Holder | None:
+    """What the last holder of a directory said of itself."""
+    folder = directory / FOLDER
+    numbers = _numbers(folder) if folder.is_dir() else []
+    return _read(folder / f"{max(numbers):08d}") if numbers else None
 
 
 def _machine() -> str:

@@ -1,5 +1,6 @@
 """Two machines cannot write one directory: the live one keeps it, a still one loses it, one that wakes is told."""
 
+import errno
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import lease
-from data_pipeline.artifact import locked
+from data_pipeline.artifact import ArtifactError, locked
 from data_pipeline.lease import FOLDER, Holder, Lease, LiveRunError
 
 STALE_S = 0.6
@@ -104,3 +105,41 @@ def test_a_directory_that_was_removed_meanwhile_is_left_in_peace(tmp_path):
             file.unlink()
         (tmp_path / "run" / FOLDER).rmdir()
     assert held.number == 1
+
+
+def holding(directory: Path, seconds: float) -> subprocess.Popen:
+    """A process that has the kernel's lock for so long, as a file server has for a machine that is gone."""
+    script = (
+        "import fcntl, sys, time; stream = open(sys.argv[1] + '/.lock', 'a+'); fcntl.flock(stream, fcntl.LOCK_EX); "
+        "print('locked', flush=True); time.sleep(float(sys.argv[2]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, directory, str(seconds)], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+
+def test_the_lock_of_a_machine_that_is_gone_is_waited_for(tmp_path, capsys):
+    leave(tmp_path)
+    with holding(tmp_path, 1.0), locked(tmp_path, STALE_S):
+        assert "is locked for process 123 on node7 (job 45): waiting" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", [{"machine": lease._machine()}, {"beats": -1}])
+def test_the_lock_of_whoever_lives_is_not_waited_for(tmp_path, monkeypatch, what):
+    sign = leave(tmp_path, **what)
+    if "beats" in what:  # it says something meanwhile
+        later = [lease._read(sign), replace(lease._read(sign), beats=1)]
+        monkeypatch.setattr(lease, "_newest", lambda _: later.pop(0))
+    with holding(tmp_path, 30) as process:
+        with pytest.raises(LiveRunError, match="is being written by"), locked(tmp_path, STALE_S):
+            pass
+        process.kill()
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(lease.fcntl, "flock", refuse)
+    with pytest.raises(ArtifactError, match=r"cannot be held \(No locks available, errno 37\)"), locked(tmp_path):
+        pass

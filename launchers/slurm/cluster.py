@@ -228,18 +228,24 @@ def problems(resources: Resources, nodes: int, prefix: str = "") -> list[Problem
     known = {partition.name: partition for partition in partitions()}
     defaults = [name for name, partition in known.items() if partition.default]
     wanted = resources.partition or (defaults[0] if defaults else "")
-    if wanted not in known:
-        near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.4)
-        fix = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(known)}"
-        said = "there is no such partition" if wanted else "the cluster has no default partition"
-        return [Problem(f"{prefix}partition", resources.partition or "''", f"{said}; {fix}")]
-    partition = known[wanted]
+    names = wanted.split(",")  # of several Slurm takes the one where the job starts first
+    absent = []
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+            fix = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(known)}"
+            said = "there is no such partition" if name else "the cluster has no default partition"
+            absent.append(Problem(f"{prefix}partition", name or "''", f"{said}; {fix}"))
+    return absent or min((_problems_in(known[name], resources, nodes, prefix) for name in names), key=len)
+
+
+def _problems_in(partition: Partition, resources: Resources, nodes: int, prefix: str) -> list[Problem]:
     found = []
     if partition.state != "UP":
-        found.append(Problem(f"{prefix}partition", wanted, f"takes no jobs, it is {partition.state}"))
+        found.append(Problem(f"{prefix}partition", partition.name, f"takes no jobs, it is {partition.state}"))
     limit_s = seconds(resources.time) if resources.time else None
     if limit_s and partition.time_s and limit_s > partition.time_s:
-        fix = f"partition {wanted} allows {duration(partition.time_s)} at most; the run is requeued and goes on"
+        fix = f"partition {partition.name} allows {duration(partition.time_s)} at most; the run is requeued and goes on"
         found.append(Problem(f"{prefix}time", resources.time, fix))
     return found + _size_problems(resources, nodes, partition, prefix)
 

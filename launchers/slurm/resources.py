@@ -40,7 +40,7 @@ class Resources:
             partition's own.
         time: limit of one start, as Slurm writes it: minutes, hours:minutes:seconds, days-hours, days-hours:minutes
             or days-hours:minutes:seconds; empty for the partition's own. A run that needs longer is requeued.
-        partition: where the job runs; empty for the cluster's default.
+        partition: where the job runs, or several, as in a,b; empty for the cluster's default.
         account: who pays for it; empty for the user's default.
         qos: quality of service; empty for the user's default.
         constraint: features that its nodes must have.

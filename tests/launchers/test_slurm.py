@@ -311,6 +311,8 @@ def test_a_job_that_can_never_start_is_refused(slurm, patch, monkeypatch):
     ):
         assert part in said
     assert "leaves no time to train" in refused("train", time="3")
+    assert "partition=lnog: there is no such partition" in refused("train", partition="main,lnog")
+    assert jobs.check(SlurmConfig(time="1-0", partition="short,main"), ["train"])  # one of them will do
     with pytest.raises(ConfigError, match="slurm=refuses: the job could never start"):
         jobs.submit(SlurmConfig(exclude="n[1-3]"), {}, ["train"])
 

@@ -6,12 +6,12 @@ import inspect
 import os
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,8 +24,6 @@ C = TypeVar("C")
 
 PLUGINS = str(Path(__file__).parents[1] / "launchers" / "plugins")
 """Holds our part of the package in which Hydra looks for launchers of multiruns."""
-HELP = {"group": "hydra/help", "name": "longrun"}
-ConfigStore.instance().store(**HELP, node={})  # so that configurations compose without an entry point; `run` fills it
 
 
 def run(config_name: str, schema: type[C], main: Callable[[C, dict[str, Any]], int]) -> None:
@@ -45,9 +43,11 @@ def run(config_name: str, schema: type[C], main: Callable[[C, dict[str, Any]], i
 
 
 def _run(config_name: str, schema: type[C], main: Callable[[C, dict[str, Any]], int]) -> None:
+    if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
+        print(_help(schema))  # Hydra takes a quarter of a minute to list the groups
+        return
     sys.path.append(PLUGINS)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # composition errors reach `explain` below
-    ConfigStore.instance().store(**HELP, node={"app_name": config_name, "template": _help(schema)})
 
     composed = False
 
@@ -150,9 +150,20 @@ def _documented(cls: type) -> str:
 
 def _help(schema: type) -> str:
     """The help page of an entry point whose root is `schema`."""
-    parts = [str(inspect.getdoc(schema)), "", "== Configuration groups ==", "$APP_CONFIG_GROUPS"]
+    parts = [str(inspect.getdoc(schema)), "", "== Configuration groups ==", *_groups(), ""]
     for (group, name), cls in sorted(OPTIONS.items()):
         if group:
             summary = (inspect.getdoc(cls) or "").split("\n")[0]
             parts += [f"-- {group}={name}: {summary}", _documented(cls)]
     return "\n".join([*parts, "", "Show the composed configuration: --cfg job"])
+
+
+def _groups() -> list[str]:
+    """A line for each group: what there is to choose, of YAML files and of classes."""
+    here = Path(__file__).parent
+    choices: dict[str, set[str]] = defaultdict(set)
+    for file in here.rglob("*.yaml"):
+        choices[file.parent.relative_to(here).as_posix()].add(file.stem)
+    for group, name in OPTIONS:
+        choices[group].add(name)
+    return [f"{group}: {', '.join(sorted(choices[group]))}" for group in sorted(choices) if group not in ("", ".")]

@@ -80,7 +80,7 @@ def _answer(call: Check) -> Answer:
 
         try:
             with initialize_config_module("conf", version_base="1.3"):
-                node = compose(config_name, overrides=["hydra/help=default", *overrides], return_hydra_config=True)
+                node = compose(config_name, overrides=overrides, return_hydra_config=True)
             offered = {group for group, _ in OPTIONS if group}
             found["groups"] = sorted(offered | set(node.hydra.runtime.choices))  # a list of options is no choice
             with open_dict(node):

@@ -20,7 +20,7 @@ TALK = [
 
 
 def make(source, run_dir, *others, **settings) -> int:
-    overrides = ["hydra/help=default", "corpus=chats", f"corpus.path={source}", f"run_dir={run_dir}", *others]
+    overrides = ["corpus=chats", f"corpus.path={source}", f"run_dir={run_dir}", *others]
     with initialize_config_module("conf", version_base="1.3"):
         node = compose("data_pipeline", overrides=overrides + [f"corpus.{k}={v}" for k, v in settings.items()])
     return entry.typed(node, PipelineConfig).corpus.run(entry.typed(node, PipelineConfig), OmegaConf.to_container(node))

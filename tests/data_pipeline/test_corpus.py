@@ -570,7 +570,7 @@ def test_every_shipped_corpus_composes(preset):
         "huggingface": ["corpus.sources.huggingface.dataset=x"],
     }
     needed |= {key: ["corpus.paths=[x]"] for key in ("exports", "html", "jsonl", "parquet", "repositories", "warc")}
-    overrides = ["hydra/help=default", f"corpus={preset}", *needed.get(preset, [])]
+    overrides = [f"corpus={preset}", *needed.get(preset, [])]
     with initialize_config_module("conf", version_base="1.3"):
         config = entry.typed(compose("data_pipeline", overrides=overrides), PipelineConfig)
     assert all(source.problems("x") == [] for source in config.corpus.sources.values())

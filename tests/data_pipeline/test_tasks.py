@@ -95,7 +95,7 @@ def make(tmp_path):
     from data_pipeline.config import PipelineConfig
 
     def run(**settings) -> int:
-        overrides = ["hydra/help=default", "corpus=tasks", f"run_dir={tmp_path / 'tasks'}"]
+        overrides = ["corpus=tasks", f"run_dir={tmp_path / 'tasks'}"]
         overrides += ["corpus.train=20", "corpus.validation=2", "corpus.test=2", "corpus.pairs=5"]
         with initialize_config_module("conf", version_base="1.3"):
             node = compose("data_pipeline", overrides=overrides + [f"{k}={v}" for k, v in settings.items()])

@@ -30,7 +30,6 @@ def make(tmp_path, votes: list[dict], count: int, **settings) -> None:
     write_jsonl(tmp_path / "items.jsonl", items(count))
     write_jsonl(tmp_path / "votes.jsonl", votes)
     overrides = [
-        "hydra/help=default",
         "corpus=votes",
         f"run_dir={tmp_path / 'run'}",
         f"corpus.items={tmp_path / 'items.jsonl'}",

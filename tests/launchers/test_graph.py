@@ -108,9 +108,7 @@ def parsed(value):
 
 def composed(name: str, *overrides: str) -> LifecycleConfig:
     with initialize_config_module("conf", version_base="1.3"):
-        return entry.typed(
-            compose("lifecycle", overrides=[f"lifecycle={name}", "hydra/help=default", *overrides]), LifecycleConfig
-        )
+        return entry.typed(compose("lifecycle", overrides=[f"lifecycle={name}", *overrides]), LifecycleConfig)
 
 
 def test_every_shipped_lifecycle_would_start_and_a_wrong_number_of_processes_would_not(tmp_path):

@@ -190,7 +190,7 @@ def test_a_key_is_made_once_for_its_owner_only_and_never_shown(tmp_path, monkeyp
 )
 def test_any_prompt_survives_the_command_line(text):
     with initialize_config_module("conf", version_base="1.3"):
-        node = compose("chat", overrides=["hydra/help=default", *quoted([f"prompt={text}"])])
+        node = compose("chat", overrides=quoted([f"prompt={text}"]))
         assert node.prompt == text
 
 
@@ -201,4 +201,4 @@ def test_an_unknown_mode_is_refused():
         initialize_config_module("conf", version_base="1.3"),
         pytest.raises(ConfigError, match="mode=talk: one of auto, chat, complete"),
     ):
-        entry.typed(compose("chat", overrides=["hydra/help=default", "mode=talk"]), ChatConfig)
+        entry.typed(compose("chat", overrides=["mode=talk"]), ChatConfig)

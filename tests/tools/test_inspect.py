@@ -42,7 +42,7 @@ def run_of(directory, *settings: str) -> Run:
     """A run that was configured, and has yet to begin."""
     directory.mkdir(parents=True)
     with initialize_config_module("conf", version_base="1.3"):
-        node = compose("train", overrides=["hydra/help=default", "model=smoke", "stage.steps=20", *settings])
+        node = compose("train", overrides=["model=smoke", "stage.steps=20", *settings])
     config = entry.typed(node, RunConfig)
     write_config(directory, with_options(config, OmegaConf.to_container(node, resolve=True)))
     return Run(directory)

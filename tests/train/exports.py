@@ -81,7 +81,7 @@ def stage(**settings: object) -> int:
     from conf import entry
     from train.config import RunConfig
 
-    overrides = ["hydra/help=default", *(f"{key}={value}" for key, value in settings.items())]
+    overrides = [*(f"{key}={value}" for key, value in settings.items())]
     with initialize_config_module("conf", version_base="1.3"):
         node = compose("train", overrides=overrides)
     resolved = OmegaConf.to_container(node, resolve=True)

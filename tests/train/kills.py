@@ -312,5 +312,5 @@ def _composed(overrides: list[str]) -> bytes:
     from train.config import RunConfig
 
     with initialize_config_module("conf", version_base="1.3"):
-        node = compose("train", overrides=["stage=pretrain", "hydra/help=default", *overrides])
+        node = compose("train", overrides=["stage=pretrain", *overrides])
     return pickle.dumps((typed(node, RunConfig), OmegaConf.to_container(node, resolve=True)))

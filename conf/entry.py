@@ -44,7 +44,7 @@ def run(config_name: str, schema: type[C], main: Callable[[C, dict[str, Any]], i
 
 def _run(config_name: str, schema: type[C], main: Callable[[C, dict[str, Any]], int]) -> None:
     if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
-        print(_help(schema))  # Hydra takes a quarter of a minute to list the groups
+        print(_help(schema))  # Hydra takes ten seconds more to list the groups
         return
     sys.path.append(PLUGINS)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # composition errors reach `explain` below
